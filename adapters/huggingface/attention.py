@@ -1,0 +1,262 @@
+"""The attention function that patched modules call, registered under one name in transformers' attention interface.
+
+A patched module has a private copy of its config that says ``headpatch``; the model's own config keeps its name, so masks, compile
+checks and save_pretrained see the base implementation. What to do with the layer is in ``module._headpatch``.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from headpatch.adapters.huggingface import mass
+from headpatch.adapters.huggingface.masks import Visible, visible
+from headpatch.adapters.huggingface.operands import OperandServer
+from headpatch.adapters.huggingface.outputs import edit_outputs
+from headpatch.adapters.huggingface.plan import LayerPlan
+from headpatch.adapters.huggingface.rows import Rows, StackHooks
+from headpatch.errors import EngineError
+
+__all__ = ["NAME", "LayerState", "headpatch_attention"]
+
+NAME = "headpatch"
+HEAD_ATTR = "_headpatch"
+
+
+@dataclass
+class LayerState:
+    """What one patched attention module carries.
+
+    Attributes
+    ----------
+    name
+        ``part.layer``, for messages and reports.
+    part, layer, cache_layer
+        Attention stack, 0-based layer, and the index under which its keys lie in the cache (None without one).
+    num_heads, num_kv_heads
+        As resolved; a call with other numbers raises.
+    config
+        The module's original config object: where the base implementation is read from, and what goes back on removal.
+    plan
+        The edits, or None while only observers are on.
+    hooks
+        Of the stack around the module; they know the rows of the running call.
+    observers
+        Read-only recorders.
+    calls
+        Eager calls so far (compiled calls do not count: no Python state is touched in a traced path).
+    traced
+        How often a compiler traced this layer's patched path.
+    """
+
+    name: str
+    part: str
+    layer: int
+    cache_layer: int | None
+    num_heads: int
+    num_kv_heads: int
+    config: Any
+    plan: LayerPlan | None = None
+    hooks: StackHooks | None = None
+    observers: list[Any] = field(default_factory=list)
+    calls: int = 0
+    traced: int = 0
+
+
+def headpatch_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, dropout: float = 0.0,
+    scaling: float | None = None, is_causal: bool | None = None, **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Attention of one patched module; arguments and results as transformers defines them for attention functions.
+
+    query is [b, H, q, d], key and value [b, K, n, d]; returns ([b, q, H, d], weights or None).
+    """
+    state: LayerState | None = getattr(module, HEAD_ATTR, None)
+    if state is None:
+        raise EngineError(
+            f"{type(module).__name__} uses the attention implementation {NAME!r} without being patched; its config was copied "
+            "from a patched module. Give it a config of its own"
+        )
+    if torch.compiler.is_compiling():
+        _note_trace(state)
+    else:
+        state.calls += 1
+    rows = kwargs.pop("headpatch_rows", None) or (state.hooks.current() if state.hooks else None)
+    plan = state.plan
+    edits_masses = plan is not None and bool(plan.family("mass", "scores"))
+    if query.shape[1] != state.num_heads or key.shape[1] not in (state.num_kv_heads, state.num_heads):
+        raise EngineError(
+            f"layer {state.name}: attention was called with {query.shape[1]} query and {key.shape[1]} KV heads, the model has "
+            f"{state.num_heads} and {state.num_kv_heads}; heads sharded over ranks are not supported here"
+        )
+    base = state.config._attn_implementation
+    if not edits_masses and not state.observers and not (plan is not None and plan.needs):
+        out, weights = _base(module, state, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
+        return (out if plan is None else edit_outputs(out, plan, None)), weights
+
+    packed = kwargs.get("cache")
+    if packed is not None and hasattr(packed, "update"):
+        # Continuous batching updates its paged cache inside the attention function; what comes back is what is attended to.
+        kwargs = dict(kwargs)
+        cache = kwargs.pop("cache")
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+        attention_mask, first = _packed_rows(attention_mask, query, kwargs, rows, state)
+    else:
+        first = None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    seen = visible(attention_mask, base, query, key, causal, kwargs.get("sliding_window"))
+    if first is None:
+        first = _first_key(state, rows, seen, query, causal)
+    eager = base == "eager"
+    caps = eager or "flex" in base or "flash" in base  # SDPA leaves soft-capping out, and so must we
+    call = mass.Call(
+        query, key, value, seen, float(scale), kwargs.get("softcap") if caps else None, kwargs.get("s_aux"),
+        first or mass.FirstKey(),
+    )  # fmt: skip
+    server = OperandServer(module, state, call, rows)
+    weights = None
+    if edits_masses and first is not None:
+        assert plan is not None
+        _refuse_at_call(state, module, dropout, rows, kwargs)
+        out, scaled = _edited(call, plan, server, fuse_scale=not state.observers)
+    else:
+        scaled = False
+        out, weights = _base(module, state, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
+    for observer in state.observers:
+        observer.record(state, server, out)
+    return (out if plan is None or scaled else edit_outputs(out, plan, server)), weights
+
+
+def _edited(call: mass.Call, plan: LayerPlan, server: OperandServer, fuse_scale: bool) -> tuple[Tensor, bool]:
+    """Output with edited masses, and whether constant output factors are in it already."""
+    grad = torch.is_grad_enabled() and (
+        plan.trainable or call.q.requires_grad or call.k.requires_grad or call.v.requires_grad
+    )
+    weight = plan.constants()[0] if plan.trainable else plan.first_weight
+    if weight is not None:
+        weight = weight.to(call.q.device)
+        if grad:
+            return mass.differentiable(call, weight), False
+        scale = plan.scale.to(call.q.device) if fuse_scale and plan.scale is not None else None
+        return mass.first_token(call, weight, scale), scale is not None
+    edits = plan.family("mass", "scores")
+    segments, owned = mass.plan_segments(plan)
+    masks = server.segment_masks(segments)
+    form = mass.explicit if any(e.method.family == "scores" for e in edits) else mass.by_cells
+    return form(call, edits, masks, owned, server.operands_of), False
+
+
+def _base(
+    module: Any, state: LayerState, query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: float,
+    scaling: float | None, is_causal: bool | None, kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Call the implementation that the module would have used without us."""
+    name = state.config._attn_implementation
+    default = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
+    if is_causal is not None:
+        kwargs = {**kwargs, "is_causal": is_causal}
+    view = _View(module, state.config) if "flash" in name else module
+    return function(view, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+class _View:
+    """A module with its original config: flash kernels read their name from there."""
+
+    def __init__(self, module: nn.Module, config: Any) -> None:
+        self._module, self.config = module, config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _first_key(
+    state: LayerState, rows: Rows | None, seen: Visible, query: Tensor, causal: bool
+) -> mass.FirstKey | None:
+    """Where this layer's keys hold each row's first real token; None where the whole batch has lost it to the window."""
+    offset: Any = 0
+    if rows is not None and state.cache_layer is not None and state.part != "cross":
+        offset = rows.offsets.get(state.cache_layer, 0)
+    if seen.kind != "blocks":
+        return None if offset > 0 else mass.FirstKey()
+    if rows is None:
+        raise EngineError(
+            f"layer {state.name} was called outside its model's forward, with a mask: the first real token of each row is not "
+            "known. Call the model, not its layers"
+        )
+    first = rows.cross_first if state.part == "cross" else rows.first
+    batch = query.shape[0]
+    if first is None:
+        if causal:
+            first = torch.zeros(batch, dtype=torch.long, device=query.device)
+        else:
+            last = seen.block(query.shape[2] - 1, query.shape[2])
+            assert last is not None
+            real = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+            first = real[:, 0, -1].to(torch.uint8).argmax(-1).expand(batch)
+    first = first.to(query.device)
+    if first.shape[0] != batch:
+        if batch % first.shape[0]:
+            raise EngineError(f"layer {state.name}: a mask of {first.shape[0]} rows for a batch of {batch}")
+        first = first.repeat_interleave(batch // first.shape[0], 0)
+    if isinstance(offset, int) and offset == 0:
+        return mass.FirstKey(first)
+    index = first - offset
+    return mass.FirstKey(index.clamp_min(0), index < 0)
+
+
+def _packed_rows(
+    mask: Any, query: Tensor, kwargs: dict[str, Any], rows: Rows | None, state: LayerState
+) -> tuple[Any, mass.FirstKey]:
+    """Continuous batching packs all requests into one row: find each query's own first key."""
+    if mask is None:
+        raise EngineError(
+            f"layer {state.name}: continuous batching without a mask (flash attention) is not supported; "
+            "load the model with attn_implementation='sdpa' and auto_switch_to_flash off"
+        )
+    n_q = query.shape[2]
+    q_ends, k_starts = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"].long()
+    request = torch.searchsorted(q_ends[1:].long(), torch.arange(n_q, device=query.device), right=True)
+    request = request.clamp_max(k_starts.shape[0] - 2)
+    index = k_starts[request]
+    held = (k_starts[1:] - k_starts[:-1])[request]
+    positions = rows.position_ids if rows is not None else None
+    gone = None
+    if positions is not None:
+        last = positions.view(-1)[(q_ends[1:].long() - 1).clamp_min(0)][request]
+        gone = (last + 1 > held)[None]
+    return mask, mass.FirstKey(index[None], gone)
+
+
+def _refuse_at_call(
+    state: LayerState, module: nn.Module, dropout: float, rows: Rows | None, kwargs: dict[str, Any]
+) -> None:
+    if dropout > 0 and module.training:
+        raise EngineError(
+            f"layer {state.name}: edits of attention masses are not defined under attention dropout ({dropout}); "
+            "set attention_dropout to 0, or call model.eval()"
+        )
+    if kwargs.get("position_bias") is not None:
+        raise EngineError(f"layer {state.name}: operand 'first_token' cannot be had with position_bias")
+    if kwargs.get("output_attentions") or (rows is not None and rows.wants_weights):
+        raise EngineError(
+            f"layer {state.name}: output_attentions asks for the attention matrix, which patched heads never build; "
+            "use headpatch.observe(), or take the patch off"
+        )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _note_trace(state: LayerState) -> int:
+    # Runs while a compiler traces, never in the compiled call.
+    state.traced += 1
+    return 0
+
+
+AttentionInterface.register(NAME, headpatch_attention)

@@ -1,0 +1,367 @@
+"""The recipes that are on one model, and the changes that put them there.
+
+A :class:`Controller` hangs on the model itself, so that a deep copy or an unpickled copy of a patched model is patched on its own
+and two models never share anything. :meth:`Controller.install` resolves and checks everything before it touches the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headpatch.adapters.huggingface import attention as patched
+from headpatch.adapters.huggingface.discover import Attention, Layout, find_layout
+from headpatch.adapters.huggingface.hooks import LayerInputHook, PrefillProbe, RootHook
+from headpatch.adapters.huggingface.operands import SUPPLIES
+from headpatch.adapters.huggingface.plan import Edit, LayerPlan
+from headpatch.adapters.huggingface.rows import StackHooks
+from headpatch.errors import EngineError, HeadpatchError, UnsupportedModelError
+from headpatch.operands import refusals, widest_scope
+from headpatch.recipe import Recipe, resolve
+
+__all__ = ["ATTRIBUTE", "Controller", "Record", "controller_of"]
+
+ATTRIBUTE = "_headpatch_controller"
+NEVER_WITH = {
+    "tensor_parallel": "its heads are sharded over ranks (tp_plan); load it on one device or with device_map",
+    "implementation_branch": "its attention forward compares the implementation's name itself, so another name changes it",
+}
+"""Features of a layer under which no edit at all is exact."""
+
+
+@dataclass
+class Record:
+    """One applied recipe. `strengths` are keyed (patch, part, layer) and aligned with the edits' heads."""
+
+    id: int
+    recipe: Recipe
+    resolved: tuple[Any, ...]
+    thread: int
+    strengths: dict[tuple[int, str, int], Tensor] = field(default_factory=dict)
+    arrays: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    trainable: bool = False
+
+    @property
+    def salt(self) -> str:
+        """What caches made under this recipe are marked with."""
+        return f"{self.recipe.digest}+trained{self.id}" if self.trainable else self.recipe.digest
+
+
+class Controller:
+    """All that headpatch keeps for one model. Made on the first apply or observe, gone with the last handle."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.records: list[Record] = []
+        self.observers: list[Any] = []
+        self.states: dict[str, patched.LayerState] = {}
+        self.stacks: dict[str, StackHooks] = {}
+        self.extras: list[Any] = []
+        self.data_by_thread: dict[int, dict[str, Any]] = {}
+        self.traced_data: dict[str, Any] = {}
+        self.next_id = 0
+        self.caches: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "caches": None, "observers": [], "data_by_thread": {}, "traced_data": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.caches = weakref.WeakSet()
+        for layer in self.states.values():
+            layer.observers = []
+        for record in self.records:
+            record.thread = threading.get_ident()
+
+    # --- putting on and taking off ----------------------------------------------------------------------------------------
+
+    def install(self, recipe: Recipe) -> Record:
+        """Add a recipe: everything is resolved, checked and built first, so an error leaves the model as it was."""
+        self.refuse_while_running("apply a recipe")
+        me = threading.get_ident()
+        alive = {t.ident for t in threading.enumerate()}
+        for other in self.records:
+            if other.thread != me and other.thread in alive:
+                raise HeadpatchError(
+                    "another thread has a recipe on this model; one model carries the recipes of one thread at a time. "
+                    "Remove that handle first, or give each thread its own copy of the model"
+                )
+        layout = find_layout(self.root)
+        resolved = resolve(recipe, layout.shape)
+        record = Record(self.next_id, recipe, resolved, me)
+        for patch in resolved:
+            self._refuse(patch, layout)
+            record.arrays[patch.index] = patch.arrays()
+            if patch.method.family == "cache":
+                raise UnsupportedModelError(
+                    f"patches[{patch.index}]: cache policies ({patch.method.name}) are not supplied by the transformers adapter"
+                )
+            for layer, heads in patch.heads.items():
+                where = layout.attention[patch.part, layer]
+                values = torch.tensor(list(heads.values()), dtype=torch.float64)
+                record.strengths[patch.index, patch.part, layer] = values.to(*_home(where.module))
+        self._swap([*self.records, record], layout)
+        self.next_id += 1
+        return record
+
+    def uninstall(self, record_id: int) -> None:
+        """Take a recipe off; nothing happens if it is off already."""
+        if any(r.id == record_id for r in self.records):
+            self.refuse_while_running("remove a recipe")
+            self._swap([r for r in self.records if r.id != record_id], find_layout(self.root))
+
+    def refresh(self) -> None:
+        """Build all plans anew, after strengths or observers changed."""
+        self._swap(self.records, find_layout(self.root))
+
+    def freeze(self, record: Record) -> None:
+        """Make trained strengths the recipe's own for this model, so that heads at the identity are left alone again."""
+        record.resolved = tuple(
+            dataclasses.replace(
+                patch,
+                heads={
+                    layer: dict(zip(heads, record.strengths[patch.index, patch.part, layer].tolist(), strict=True))
+                    for layer, heads in patch.heads.items()
+                },
+            )
+            for patch in record.resolved
+        )
+
+    def _refuse(self, patch: Any, layout: Layout) -> None:
+        for layer in patch.heads:
+            where = layout.attention[patch.part, layer]
+            problems = [NEVER_WITH[f] for f in where.features if f in NEVER_WITH]
+            problems += refusals(patch.method.operands(), SUPPLIES, where.features)
+            if problems:
+                raise UnsupportedModelError(
+                    f"patches[{patch.index}] ({patch.method.name}) on layer {patch.part}.{layer} "
+                    f"({type(where.module).__name__}): {'; '.join(problems)}"
+                )
+
+    def _swap(self, records: list[Record], layout: Layout) -> None:
+        plans = _plans(records, layout)
+        watched = {key for observer in self.observers for key in observer.layers}
+        wanted = {a.path: a for key, a in layout.attention.items() if key in plans or key in watched}
+        for path, where in wanted.items():
+            other = where.module.__dict__.get(patched.HEAD_ATTR)
+            if other is not None and other is not self.states.get(path):
+                raise HeadpatchError(
+                    f"{path} is already patched through another object that contains it; apply to the same object each time"
+                )
+        # From here on nothing can fail: plain assignments only.
+        for path in [p for p in self.states if p not in wanted]:
+            self._restore(path)
+        stacks = {a.stack_path: a.stack for a in wanted.values()}
+        for path in [p for p in self.stacks if p not in stacks]:
+            self.stacks.pop(path).remove()
+        for path, stack in stacks.items():
+            if path not in self.stacks:
+                self.stacks[path] = StackHooks(self, stack)
+        for where in wanted.values():
+            state = self.states.get(where.path) or self._patch(where)
+            state.hooks = self.stacks[where.stack_path]
+            state.plan = plans.get((where.part, where.layer))
+            state.observers = [o for o in self.observers if (where.part, where.layer) in o.layers]
+        self.records = records
+        self._extras(wanted)
+        self._mark_stale()
+        if not records and not self.observers:
+            self.root.__dict__.pop(ATTRIBUTE, None)
+        else:
+            self.root.__dict__[ATTRIBUTE] = self
+
+    def _patch(self, where: Attention) -> patched.LayerState:
+        module: Any = where.module
+        index = getattr(module, "layer_idx", None)
+        state = patched.LayerState(
+            f"{where.part}.{where.layer}", where.part, where.layer, index if isinstance(index, int) else None,
+            where.num_heads, where.num_kv_heads, module.config,
+        )  # fmt: skip
+        own = copy.copy(module.config)
+        own._attn_implementation_internal = patched.NAME
+        module.__dict__[patched.HEAD_ATTR] = state
+        module.config = own
+        self.states[where.path] = state
+        return state
+
+    def _restore(self, path: str) -> None:
+        state = self.states.pop(path)
+        module: Any = self.root.get_submodule(path)
+        module.config = state.config
+        module.__dict__.pop(patched.HEAD_ATTR, None)
+
+    def _extras(self, wanted: dict[str, Attention]) -> None:
+        """Hooks that only some operands need: layer inputs, token ids, the prompt's length."""
+        for extra in self.extras:
+            extra.remove()
+        self.extras = []
+        needs: dict[str, set[str]] = {}
+        for path, where in wanted.items():
+            state = self.states[path]
+            asked = set(state.plan.needs if state.plan else ()).union(*(o.needs for o in state.observers))
+            needs[path] = asked
+            if asked & {"layer_input", "residual_sinks"}:
+                self.extras.append(LayerInputHook(self.root, where.path, state.hooks, where.layer))
+        asked_anywhere = set().union(*needs.values()) if needs else set()
+        if "image_tokens" in asked_anywhere:
+            self.extras.append(RootHook(self))
+        if asked_anywhere & {"prompt_len", "column_sinks", "residual_sinks"}:
+            self.extras.append(PrefillProbe(self))
+
+    # --- caches -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def scope(self) -> str:
+        """What may be shared between requests under all recipes together."""
+        return widest_scope(r.recipe.scope for r in self.records)
+
+    @property
+    def salt(self) -> str:
+        """What keys and values made now depend on, beside the tokens."""
+        active = {e.key[0] for s in self.states.values() if s.plan for e in s.plan.edits}
+        data = repr(self.call_data.get("spans")) if self.scope == "request" else ""
+        return "|".join([*(r.salt for r in self.records if r.id in active), data]).strip("|")
+
+    def admit(self, cache: Any) -> None:
+        """Refuse a cache whose keys and values were made under another recipe, and mark a fresh one."""
+        if torch.compiler.is_compiling():
+            return
+        salt, mark = self.salt, getattr(cache, "headpatch_salt", None)
+        if mark == salt:
+            return
+        length = cache.get_seq_length()
+        if int(length) == 0:
+            self.mark(cache, fresh=True)
+        elif mark is not None or salt:
+            raise EngineError(
+                "this cache was filled under "
+                + (f"another recipe ({mark[:12]}...)" if mark else "no recipe")
+                + f", and the model now runs {f'recipe {salt[:12]}...' if salt else 'none'}: its keys and values would not fit. "
+                "Start with an empty cache"
+            )
+
+    def mark(self, cache: Any, fresh: bool = False) -> None:
+        """Remember under which recipes a cache is being filled."""
+        if torch.compiler.is_compiling():
+            return
+        if fresh or getattr(cache, "headpatch_salt", None) is None:
+            cache.headpatch_salt = self.salt
+            if fresh:
+                cache.__dict__.pop("headpatch_state", None)
+                cache.__dict__.pop("headpatch_first", None)
+        self.caches.add(cache)
+
+    def _mark_stale(self) -> None:
+        for cache in list(self.caches):
+            if getattr(cache, "headpatch_salt", None) == self.salt:
+                cache.__dict__.pop("update", None)
+            elif "update" not in cache.__dict__:
+                cache.update = _StaleUpdate(cache)
+
+    # --- guards -----------------------------------------------------------------------------------------------------------
+
+    def refuse_while_running(self, what: str) -> None:
+        """Raise HeadpatchError where a forward or generate of this model is on any thread's stack."""
+        mine = {id(m) for m in self.root.modules()}
+        for frame in sys._current_frames().values():
+            at: Any = frame
+            while at is not None:
+                if at.f_code.co_name in ("forward", "generate") and id(at.f_locals.get("self")) in mine:
+                    raise HeadpatchError(
+                        f"cannot {what} while the model is running ({at.f_code.co_name}() is on the stack); "
+                        "do it before or after"
+                    )
+                at = at.f_back
+
+    @property
+    def call_data(self) -> dict[str, Any]:
+        """Data of this thread's calls. A compiler cannot ask for the thread: compiled calls see what was given last."""
+        if torch.compiler.is_compiling():
+            return self.traced_data
+        return self.data_by_thread.setdefault(threading.get_ident(), {})
+
+    @contextlib.contextmanager
+    def given(self, data: dict[str, Any]) -> Iterator[None]:
+        """Data for this thread's calls inside the with block."""
+        mine = self.call_data
+        twice = sorted(mine.keys() & data.keys())
+        if twice:
+            raise HeadpatchError(f"inputs({twice[0]}=...) is already given by an enclosing inputs()")
+        mine.update(data)
+        before, self.traced_data = self.traced_data, mine
+        try:
+            yield
+        finally:
+            for name in data:
+                mine.pop(name, None)
+            self.traced_data = before
+
+
+class _StaleUpdate:
+    """Stands in for ``cache.update`` once the recipe that filled the cache is off; works again when the cache was reset."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = weakref.ref(cache)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache = self.cache()
+        if cache is not None and int(cache.get_seq_length()) == 0:
+            del cache.update
+            cache.headpatch_salt = None
+            return cache.update(*args, **kwargs)
+        raise EngineError(
+            "this cache was filled under a headpatch recipe that is no longer on the model; start with an empty cache"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _StaleUpdate:
+        new = _StaleUpdate.__new__(_StaleUpdate)
+        source = self.cache()
+        new.cache = weakref.ref(memo.get(id(source), source)) if source is not None else self.cache
+        return new
+
+
+def controller_of(root: nn.Module) -> Controller | None:
+    """The controller of a patched model, or None."""
+    return root.__dict__.get(ATTRIBUTE)
+
+
+def _plans(records: list[Record], layout: Layout) -> dict[tuple[str, int], LayerPlan]:
+    edits: dict[tuple[str, int], list[Edit]] = {}
+    for record in records:
+        for patch in record.resolved:
+            for layer, heads in patch.heads.items():
+                strength = record.strengths[patch.index, patch.part, layer]
+                ids = list(heads)
+                if not record.trainable:
+                    # Heads at the identity are not touched at all, and a layer with none left is not patched.
+                    keep = [i for i, value in enumerate(heads.values()) if value != patch.method.identity()]
+                    if not keep:
+                        continue
+                    ids, strength = [ids[i] for i in keep], strength[keep]
+                arrays = {n: a.to(strength.device) for n, a in record.arrays.get(patch.index, {}).items()}
+                index = torch.tensor(ids, dtype=torch.long, device=strength.device)
+                edits.setdefault((patch.part, layer), []).append(
+                    Edit(patch.method, index, strength, (record.id, patch.index), arrays)
+                )
+    return {key: LayerPlan.build(layout.attention[key].num_heads, found) for key, found in edits.items()}
+
+
+def _home(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and arithmetic dtype of a layer's strengths."""
+    found = next((p for p in module.parameters()), None)
+    hook: Any = getattr(module, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    if device is None:
+        device = found.device if found is not None and found.device.type != "meta" else "cpu"
+    double = found is not None and found.dtype == torch.float64
+    return torch.device(device), torch.float64 if double else torch.float32

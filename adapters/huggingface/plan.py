@@ -1,0 +1,117 @@
+"""What is done to one attention layer: the edits of all handles, in DESIGN's order, with their strengths on the right device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headpatch.methods.base import ORDER, MassMethod, Method, OutputMethod
+
+__all__ = ["Edit", "LayerPlan"]
+
+
+@dataclass
+class Edit:
+    """One method on the heads of one layer.
+
+    Attributes
+    ----------
+    method
+        The method with its parameters.
+    heads
+        Query heads, int64 [h], ascending.
+    strength
+        [h] in the model's arithmetic dtype (fp64 for fp64 models, else fp32); a leaf with gradients when strengths are trained.
+    key
+        (record id, patch index): whose edit this is; state is kept under it.
+    arrays
+        The recipe's tensors, for methods that need them.
+    """
+
+    method: Method
+    heads: Tensor
+    strength: Tensor
+    key: tuple[int, int]
+    arrays: dict[str, Tensor] = field(default_factory=dict)
+
+    def spread(self, values: Tensor, num_heads: int, neutral: float = 1.0) -> Tensor:
+        """[h] values on their heads, `neutral` on all others: [num_heads]."""
+        full = torch.full((num_heads,), neutral, dtype=values.dtype, device=values.device)
+        return full.index_put((self.heads,), values)
+
+
+@dataclass
+class LayerPlan:
+    """The edits of one layer.
+
+    Attributes
+    ----------
+    edits
+        In the order they act: mass and scores, then output; inside each, recipe order, then handle order.
+    first_weight
+        [H] product of all constant first-token weights, where nothing else touches this layer's masses: then one closed form
+        does it all. None otherwise.
+    scale
+        [H] product of all constant output factors, where no other output edit is there. None otherwise.
+    """
+
+    num_heads: int
+    edits: tuple[Edit, ...] = ()
+    first_weight: Tensor | None = None
+    scale: Tensor | None = None
+    trainable: bool = False
+    needs: frozenset[str] = frozenset()
+
+    @classmethod
+    def build(cls, num_heads: int, edits: Sequence[Edit]) -> LayerPlan:
+        """Put `edits` (recipe order, then handle order) into acting order and take closed forms where there are any."""
+        rank = {family: i for i, families in enumerate(ORDER) for family in families}
+        ordered = tuple(sorted(edits, key=lambda e: rank[e.method.family]))
+        plan = cls(
+            num_heads, ordered, trainable=any(e.strength.requires_grad for e in ordered),
+            needs=frozenset(name for e in ordered for name in e.method.operands()),
+        )  # fmt: skip
+        if not plan.trainable:
+            plan.first_weight, plan.scale = plan.constants()
+        return plan
+
+    def family(self, *families: str) -> tuple[Edit, ...]:
+        """Edits of these families, in acting order."""
+        return tuple(e for e in self.edits if e.method.family in families)
+
+    @property
+    def first_only(self) -> bool:
+        """Whether all mass edits are constant weights on the first token."""
+        return all(
+            isinstance(e.method, MassMethod) and e.method.is_constant and _is_first(e.method)
+            for e in self.family("mass", "scores")
+        )
+
+    def constants(self) -> tuple[Tensor | None, Tensor | None]:
+        """(first_weight, scale) from the strengths as they are now, differentiable."""
+        mass, output = self.family("mass", "scores"), self.family("output")
+        weight = scale = None
+        if mass and self.first_only:
+            weight = _product(
+                [e.spread(e.method.weights(e.strength)[:, 0], self.num_heads) for e in mass]  # type: ignore[attr-defined]
+            )
+        if output and all(isinstance(e.method, OutputMethod) and e.method.is_constant for e in output):
+            scale = _product(
+                [e.spread(e.method.scales(e.strength), self.num_heads) for e in output]  # type: ignore[attr-defined]
+            )
+        return weight, scale
+
+
+def _is_first(method: Any) -> bool:
+    return [s.kind for s in method.segments()] == ["first_token"]
+
+
+def _product(tensors: list[Tensor]) -> Tensor:
+    total = tensors[0]
+    for t in tensors[1:]:
+        total = total * t
+    return total

@@ -1,0 +1,211 @@
+"""What one forward call knows about its rows: where each row's first real token is, which positions it covers, and its cache.
+
+A hook on the innermost PreTrainedModel around the attention layers (the *stack*) reads the model-level mask once per call. A layer's
+own mask would be wrong: on a sliding layer its first visible key is the window's start. Columns are absolute: column j is the j-th
+position since the cache was empty, padding included; a layer turns them into key indices with its own offset.
+
+Nothing here changes a tensor. Under torch.compile the hooks are traced; the per-thread table is replaced by one attribute that is
+set and cleared within the traced call.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from headpatch.errors import EngineError
+
+if TYPE_CHECKING:
+    from headpatch.adapters.huggingface.controller import Controller
+
+__all__ = ["Rows", "StackHooks"]
+
+BLOCK = 1024
+"""Mask rows that are searched at once, so that no second mask is ever stored."""
+
+
+@dataclass
+class Rows:
+    """One forward call of one stack.
+
+    Attributes
+    ----------
+    first
+        Column of the first real token: [b], or [b, q] where a row packs several sequences; None where nothing says (then layers
+        without a mask take 0).
+    cross_first
+        The same for the keys of cross-attention.
+    real
+        [b, n] bool, real (unpadded) columns, where a 2-D mask says.
+    past, length
+        Columns before this call (an int, or a tensor for static caches), and columns of this call.
+    offsets
+        Column of key 0, for layers whose cache is a window; 0 for all others.
+    position_ids
+        As the model got them, if 2-D.
+    input_ids
+        [b, q] where the stack or the model around it got them.
+    cache
+        The cache object of this call, or None.
+    layer_inputs
+        Residual stream that entered each layer, by layer, for layers whose patches asked for it.
+    wants_weights
+        Whether attention matrices were asked for, in the call or in the config.
+    """
+
+    first: Tensor | None = None
+    cross_first: Tensor | None = None
+    real: Tensor | None = None
+    past: Any = 0
+    length: int = 0
+    offsets: dict[int, int] = field(default_factory=dict)
+    position_ids: Tensor | None = None
+    input_ids: Tensor | None = None
+    cache: Any = None
+    layer_inputs: dict[int, Tensor] = field(default_factory=dict)
+    known: dict[str, Any] = field(default_factory=dict)
+    wants_weights: bool = False
+
+
+class StackHooks:
+    """Forward hooks of one stack; they publish a :class:`Rows` for the attention layers inside."""
+
+    def __init__(self, controller: Controller, stack: nn.Module) -> None:
+        self.controller = controller
+        forward = inspect.unwrap(type(stack).forward)
+        self.names = tuple(inspect.signature(forward).parameters)[1:]
+        self.takes_extra = any(
+            p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(forward).parameters.values()
+        )
+        self.by_thread: dict[int, Rows] = {}
+        self.traced: Rows | None = None
+        self.registered: list[Any] = [
+            stack.register_forward_pre_hook(self.before, with_kwargs=True),
+            stack.register_forward_hook(self.after),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off the stack."""
+        for hook in self.registered:
+            hook.remove()
+        self.registered.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "by_thread": {}, "traced": None}
+
+    def current(self) -> Rows | None:
+        """The call that is running in this thread."""
+        if torch.compiler.is_compiling():
+            return self.traced
+        return self.by_thread.get(threading.get_ident())
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Read masks, positions and cache of the call."""
+        given = dict(zip(self.names, args, strict=False))
+        given.update(kwargs)
+        cache = _first(given, "past_key_values", "past_key_value", "layer_past")
+        mask = given.get("attention_mask")
+        inputs = _first(given, "input_ids", "inputs_embeds", "hidden_states", "decoder_input_ids")
+        rows = Rows(cache=cache, length=int(inputs.shape[1]) if isinstance(inputs, Tensor) and inputs.ndim > 1 else 0)
+        ids = given.get("input_ids")
+        rows.input_ids = ids if isinstance(ids, Tensor) else None
+        positions = given.get("position_ids")
+        rows.position_ids = positions if isinstance(positions, Tensor) and positions.ndim == 2 else None
+        if cache is not None and hasattr(cache, "get_query_offset"):
+            rows.past = cache.get_query_offset()
+            held = getattr(cache, "self_attention_cache", cache)
+            rows.offsets = {
+                i: layer.get_mask_sizes(rows.length)[1]
+                for i, layer in enumerate(held.layers)
+                if getattr(layer, "is_sliding", False)
+            }
+            self.controller.admit(cache)
+        rows.first, rows.real = _first_columns(mask, rows, cache)
+        encoder_mask = given.get("encoder_attention_mask")
+        if isinstance(encoder_mask, Tensor):
+            rows.cross_first = _first_columns(encoder_mask, rows, None)[0]
+        rows.known = self.controller.call_data
+        asked = given.get("output_attentions")
+        rows.wants_weights = bool(getattr(module.config, "output_attentions", False) if asked is None else asked)
+        if torch.compiler.is_compiling():
+            self.traced = rows
+        else:
+            self.by_thread[threading.get_ident()] = rows
+        if getattr(module, "is_gradient_checkpointing", False) and module.training and self.takes_extra:
+            # The backward pass runs layers again after this call is over; only what is passed as an argument comes back then.
+            return args, {**kwargs, "headpatch_rows": rows}
+        return None
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Mark a cache that the call made, and forget the call."""
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None and hasattr(cache, "get_seq_length"):
+            self.controller.mark(cache)
+        if torch.compiler.is_compiling():
+            self.traced = None
+        else:
+            self.by_thread.pop(threading.get_ident(), None)
+
+
+def _first(given: dict[str, Any], *names: str) -> Any:
+    return next((given[n] for n in names if given.get(n) is not None), None)
+
+
+def _first_columns(mask: Any, rows: Rows, cache: Any) -> tuple[Tensor | None, Tensor | None]:
+    """First real column per row (or per query), and which columns are real, from whatever mask the model was given."""
+    windowed_only = False
+    if isinstance(mask, dict):
+        # generate() builds one mask per layer type for static caches; only the full one shows the first token.
+        windowed_only = mask.get("full_attention") is None
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if hasattr(mask, "mask_mod"):  # a BlockMask that the user built: the layers evaluate it
+        raise EngineError(
+            "a ready-made BlockMask was given as attention_mask: the first real token of each row cannot be read from it; "
+            "give the 2-D mask and let the model build its own"
+        )
+    if mask is None:
+        if rows.position_ids is not None and cache is None and rows.length > 1:
+            return _packed_starts(rows.position_ids), None
+        return None, None
+    if mask.ndim == 2:
+        real = mask != 0
+        return real.to(torch.uint8).argmax(-1), real
+    if mask.ndim != 4:
+        raise EngineError(f"attention_mask has {mask.ndim} dimensions; headpatch understands 2 and 4")
+    static = getattr(cache, "is_compileable", False)
+    if static and len(rows.offsets) == len(getattr(cache, "self_attention_cache", cache).layers):
+        windowed_only = True  # every layer is windowed, and the mask with them
+    if static and windowed_only:
+        kept = getattr(cache, "headpatch_first", None)
+        if not torch.compiler.is_compiling() and isinstance(rows.past, int) and rows.past == 0:
+            # The diagonal is inside every window: its first visible entry is the row's first real token.
+            kept = _visible(torch.diagonal(mask[:, 0], dim1=-2, dim2=-1)).to(torch.uint8).argmax(-1)
+            cache.headpatch_first = kept
+        if kept is None:
+            raise EngineError(
+                "a static cache on a model whose layers are all windowed was not prefilled by this patched model, so the "
+                "first real token of each row is not known; prefill with the recipe applied, or use a dynamic cache"
+            )
+        return kept, None
+    if static:
+        return _visible(mask[:, 0, -1]).to(torch.uint8).argmax(-1), None
+    blocks = [
+        _visible(mask[:, 0, i : i + BLOCK]).to(torch.uint8).argmax(-1) for i in range(0, mask.shape[2], BLOCK)
+    ]
+    return torch.cat(blocks, 1), None
+
+
+def _visible(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def _packed_starts(position_ids: Tensor) -> Tensor:
+    """Column where the sequence of each query starts, [b, q]: positions that do not rise by one start a new one."""
+    columns = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
+    fresh = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
+    return torch.cummax(torch.where(fresh, columns, 0), dim=-1).values

@@ -1,0 +1,246 @@
+"""Triton source of the first-token kernels. Imports triton: only :mod:`headpatch.kernels.first_token` imports this, when needed.
+
+One program handles BT query tokens times GB query heads of one KV head, so that the first token's key and value are read once
+a program in the dense kernel and stay in L1 in the paged one; traffic is then reading q and o and writing the result.
+"""
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc"
+
+import triton
+import triton.language as tl
+
+# Two numbers recur below. Scores and LSEs at or below -3e4 (finfo.min masks) belong to keys that nobody sees. And in correction
+# mode a row whose denominator is under 1e-6 has no digits left; it stays as it is. first_token.py has the same two by name.
+
+
+@triton.jit
+def _coefficients(s, lse, g, sink, seen, HAS_SINK: tl.constexpr, COMPLEMENT: tl.constexpr):
+    """u, w of  out = u * o + w * v0  for each row; all arguments are [rows] in fp32 (`seen` is boolean)."""
+    full = (lse > -3.0e4) & (lse < float("inf"))
+    if COMPLEMENT:
+        x = tl.where(seen, s + tl.log(g), float("-inf"))
+        if HAS_SINK:
+            rest = tl.where(full, lse, float("-inf"))
+            top = tl.maximum(tl.maximum(rest, x), sink)
+            a = tl.exp(rest - top)
+            c = tl.exp(x - top)
+            n = a + c + tl.exp(sink - top)
+            u = a / n
+            w = c / n
+        else:
+            e = x - tl.where(full, lse, 0.0)
+            u = 1.0 / (1.0 + tl.exp(e))
+            w = 1.0 / (1.0 + tl.exp(-e))
+            alone = (full == 0) & seen  # nothing but the first token: its value, whatever the weight
+            u = tl.where(alone, 0.0, u)
+            w = tl.where(alone, 1.0, w)
+    else:
+        total = lse
+        u = tl.full(s.shape, 1.0, tl.float32)
+        if HAS_SINK:
+            top = tl.maximum(lse, sink)
+            total = top + tl.log(tl.exp(lse - top) + tl.exp(sink - top))
+            u = tl.where(full, tl.exp(lse - total), 1.0)
+        p = tl.minimum(tl.exp(tl.where(seen & full, s - total, float("-inf"))), 1.0)
+        a = (g - 1.0) * p
+        den = 1.0 + a
+        good = den > 1.0e-6
+        w = tl.where(good, a / den, 0.0)
+        u = tl.where(good, u / den, u)
+    return u, w
+
+
+@triton.jit(do_not_specialize=["lq", "lk", "kv_offset", "q_start", "window"])
+def dense(
+    Q, K, V, AO, LSE, OUT, GAMMA, HEAD_SCALE, FIRST, MASK, SINK,
+    lq, lk, kv_offset, q_start, window, scale, softcap,
+    q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_t, l_b, l_h, l_t, y_b, y_h, y_t, m_b, m_h, m_t, m_n, f_b, f_t,
+    KH: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    BT: tl.constexpr, GB: tl.constexpr, SHIFT: tl.constexpr, COMPLEMENT: tl.constexpr, INPLACE: tl.constexpr,
+    PER_QUERY: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASK_BOOL: tl.constexpr,
+):  # fmt: skip
+    HB: tl.constexpr = (G + GB - 1) // GB
+    pid = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    kv = (pid // HB) % KH
+    r = tl.arange(0, BT * GB)
+    t = (pid // (HB * KH)) * BT + r // GB
+    in_group = (pid % HB) * GB + r % GB
+    h = kv * G + in_group
+    ok = (t < lq) & (in_group < G)
+    t = t.to(tl.int64)
+    h = h.to(tl.int64)
+    kv = kv.to(tl.int64)
+
+    g = tl.load(GAMMA + h, mask=ok, other=1.0).to(tl.float32)
+    hs = tl.full(g.shape, 1.0, tl.float32)
+    if HEAD_SCALE is not None:
+        hs = tl.load(HEAD_SCALE + h, mask=ok, other=1.0).to(tl.float32)
+    if INPLACE and not COMPLEMENT and SINK is None:
+        ok = ok & ((g != 1.0) | (hs != 1.0))
+
+    # which key is the row's first token, and does the query see it
+    if FIRST is None:
+        i = tl.full(t.shape, 0, tl.int64) - kv_offset
+    elif PER_QUERY:
+        i = tl.load(FIRST + b * f_b + t * f_t, mask=ok, other=-1).to(tl.int64) - kv_offset
+    else:
+        i = tl.full(t.shape, 0, tl.int64) + tl.load(FIRST + b * f_b).to(tl.int64) - kv_offset
+    seen = ok & (i >= 0) & (i < lk)
+    if WINDOW:
+        seen = seen & (q_start + t - i < window)
+    bias = tl.full(g.shape, 0.0, tl.float32)
+    if MASK is not None:
+        m = tl.load(MASK + b * m_b + h * m_h + t * m_t + i * m_n, mask=seen, other=0)
+        if MASK_BOOL:
+            seen = seen & (m != 0)
+        else:
+            bias = m.to(tl.float32)
+            seen = seen & (bias > -3.0e4)
+
+    d = tl.arange(0, DP)
+    dv = tl.arange(0, DVP)
+    rest = ok & (t >= SHIFT)
+    q = tl.load(
+        Q + (b * q_b + h * q_h + t * q_t)[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0
+    )
+    o = tl.load(
+        AO + (b * o_b + h * o_h + (t - SHIFT) * o_t)[:, None] + dv[None, :],
+        mask=rest[:, None] & (dv < DV)[None, :],
+        other=0.0,
+    )
+    lse = tl.load(LSE + b * l_b + h * l_h + (t - SHIFT) * l_t, mask=rest, other=float("-inf")).to(tl.float32)
+    if PER_QUERY:
+        k0 = tl.load(
+            K + (b * k_b + kv * k_h + i * k_n)[:, None] + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0
+        )
+        v0 = tl.load(
+            V + (b * v_b + kv * v_h + i * v_n)[:, None] + dv[None, :],
+            mask=seen[:, None] & (dv < DV)[None, :],
+            other=0.0,
+        )
+        s = tl.sum(q.to(tl.float32) * k0.to(tl.float32), axis=1)
+        v0 = v0.to(tl.float32)
+    else:  # one first token for the whole program
+        j = -kv_offset
+        if FIRST is not None:
+            j = tl.load(FIRST + b * f_b).to(tl.int64) - kv_offset
+        there = (j >= 0) & (j < lk)
+        j = tl.where(there, j, 0).to(tl.int64)
+        k0 = tl.load(K + b * k_b + kv * k_h + j * k_n + d, mask=(d < D) & there, other=0.0)
+        v0 = tl.load(V + b * v_b + kv * v_h + j * v_n + dv, mask=(dv < DV) & there, other=0.0)
+        s = tl.sum(q.to(tl.float32) * k0.to(tl.float32)[None, :], axis=1)
+        v0 = v0.to(tl.float32)[None, :]
+    s = s * scale
+    if SOFTCAP:
+        s = softcap * (2.0 / (1.0 + tl.exp(-2.0 * s / softcap)) - 1.0)
+    s = s + bias
+    sink = s
+    if SINK is not None:
+        sink = tl.load(SINK + h, mask=ok, other=0.0).to(tl.float32)
+
+    u, w = _coefficients(s, lse, g, sink, seen, SINK is not None, COMPLEMENT)
+    y = tl.where((u == 0.0)[:, None], 0.0, o.to(tl.float32) * (u * hs)[:, None]) + v0 * (w * hs)[:, None]
+    tl.store(
+        OUT + (b * y_b + h * y_h + t * y_t)[:, None] + dv[None, :], y.to(OUT.dtype.element_ty),
+        mask=ok[:, None] & (dv < DV)[None, :],
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_tokens", "n_rows", "block_ratio", "window"])
+def paged(
+    Q, KC, VC, AO, LSE, OUT, BLOCK_TABLE, QUERY_START, SEQ_LENS, GAMMA, HEAD_SCALE, BLOCK_SLOT, ROW_SLOT, SINK, K_SCALE, V_SCALE,
+    n_tokens, n_rows, block_ratio, window, scale, softcap,
+    q_t, q_h, k_b, k_h, k_d, v_b, v_h, v_d, o_t, o_h, l_t, l_h, y_t, y_h, b_r, g_s, s_s,
+    KH: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    BT: tl.constexpr, GB: tl.constexpr, COMPLEMENT: tl.constexpr, INPLACE: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    HB: tl.constexpr = (G + GB - 1) // GB
+    pid = tl.program_id(0)
+    kv = (pid // HB) % KH
+    r = tl.arange(0, BT * GB)
+    t = (pid // (HB * KH)) * BT + r // GB
+    in_group = (pid % HB) * GB + r % GB
+    h = kv * G + in_group
+    ok = (t < n_tokens) & (in_group < G)
+
+    # the row of each token: the last one that starts at or before it. In pure decode it is the token's own number
+    guess = tl.minimum(t, n_rows - 1)
+    here = tl.load(QUERY_START + guess, mask=ok, other=0)
+    after = tl.load(QUERY_START + guess + 1, mask=ok, other=0)
+    found = (here <= t) & (t < after)
+    lo = tl.where(found, guess, 0)
+    hi = tl.where(found, guess, n_rows - 1)
+    for _ in range(STEPS):
+        mid = (lo + hi + 1) // 2
+        up = tl.load(QUERY_START + mid, mask=ok & (lo < hi), other=0) <= t
+        lo = tl.where((lo < hi) & up, mid, lo)
+        hi = tl.where((lo < hi) & (up == 0), mid - 1, hi)
+    start = tl.load(QUERY_START + lo, mask=ok, other=0)
+    end = tl.load(QUERY_START + lo + 1, mask=ok, other=0)
+    length = tl.load(SEQ_LENS + lo, mask=ok, other=0)
+    position = length - end + t
+    ok = ok & (start <= t) & (t < end) & (length > 0)
+
+    block = tl.load(BLOCK_TABLE + lo.to(tl.int64) * b_r, mask=ok, other=0).to(tl.int64)
+    if ROW_SLOT is not None:
+        slot = tl.load(ROW_SLOT + lo, mask=ok, other=-1).to(tl.int64)
+    else:
+        ok = ok & (block > 0)
+        slot = tl.load(BLOCK_SLOT + block // block_ratio, mask=ok, other=-1).to(tl.int64)
+    ok = ok & (slot >= 0)
+    g = tl.load(GAMMA + slot * g_s + h, mask=ok, other=1.0).to(tl.float32)
+    hs = tl.full(g.shape, 1.0, tl.float32)
+    if HEAD_SCALE is not None:
+        hs = tl.load(HEAD_SCALE + slot * s_s + h, mask=ok, other=1.0).to(tl.float32)
+    t = t.to(tl.int64)
+    h = h.to(tl.int64)
+    kv = kv.to(tl.int64)
+    lse = tl.load(LSE + t * l_t + h * l_h, mask=ok, other=float("-inf")).to(tl.float32)
+    seen = ok & (block > 0)
+    if WINDOW:
+        seen = seen & (position < window)
+    keep = ok  # rows to compute; with a fresh output, all others are copied
+    if not COMPLEMENT:
+        seen = seen & (position > 0)
+        keep = keep & (lse > -3.0e4) & (lse < float("inf"))
+        if SINK is None:
+            keep = keep & ((hs != 1.0) | (seen & (g != 1.0)))
+    if INPLACE:
+        write = keep
+    else:
+        write = (t < n_tokens) & (in_group < G)
+    hs = tl.where(keep, hs, 1.0)
+
+    d = tl.arange(0, DP)
+    dv = tl.arange(0, DVP)
+    look = seen & keep
+    q = tl.load(Q + (t * q_t + h * q_h)[:, None] + d[None, :], mask=look[:, None] & (d < D)[None, :], other=0.0)
+    o = tl.load(AO + (t * o_t + h * o_h)[:, None] + dv[None, :], mask=write[:, None] & (dv < DV)[None, :], other=0.0)
+    k0 = tl.load(
+        KC + (block * k_b + kv * k_h)[:, None] + (d * k_d)[None, :], mask=look[:, None] & (d < D)[None, :], other=0.0
+    )
+    v0 = tl.load(
+        VC + (block * v_b + kv * v_h)[:, None] + (dv * v_d)[None, :],
+        mask=look[:, None] & (dv < DV)[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    s = tl.sum(q.to(tl.float32) * k0.to(tl.float32), axis=1) * scale
+    if K_SCALE is not None:
+        s = s * tl.load(K_SCALE).to(tl.float32)
+    if V_SCALE is not None:
+        v0 = v0 * tl.load(V_SCALE).to(tl.float32)
+    if SOFTCAP:
+        s = softcap * (2.0 / (1.0 + tl.exp(-2.0 * s / softcap)) - 1.0)
+    sink = s
+    if SINK is not None:
+        sink = tl.load(SINK + h, mask=ok, other=0.0).to(tl.float32)
+
+    u, w = _coefficients(s, lse, g, sink, look, SINK is not None, COMPLEMENT)
+    u = tl.where(keep, u, 1.0)
+    w = tl.where(keep, w, 0.0)
+    y = tl.where((u == 0.0)[:, None], 0.0, o.to(tl.float32) * (u * hs)[:, None]) + v0 * (w * hs)[:, None]
+    tl.store(
+        OUT + (t * y_t + h * y_h)[:, None] + dv[None, :], y.to(OUT.dtype.element_ty),
+        mask=write[:, None] & (dv < DV)[None, :],
+    )  # fmt: skip

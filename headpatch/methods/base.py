@@ -1,0 +1,272 @@
+"""The contract between a method and every engine.
+
+A method is a frozen dataclass. Its fields are its parameters, made with :func:`param`; one is the strength, made with
+:func:`strength`, with the identity value at which an adapter does not touch the tensor at all. It says which *family* it
+belongs to by subclassing one of
+
+* :class:`MassMethod`: gives the segments it names new shares of each query row's attention;
+* :class:`ScoresMethod`: attends to one segment with transformed scores;
+* :class:`OutputMethod`: changes head outputs before the output projection;
+* :class:`CacheMethod`: decides which keys and values a KV head keeps.
+
+It says what it *needs* (:data:`headpatch.operands.OPERANDS`), its *scope* (what may be shared between requests) and which
+*state* is derived once per request and frozen at the absolute position ``prompt_len``. Functions are torch code with static
+shapes and no host synchronisation; arithmetic is in fp32 (fp64 for fp64 models), the adapter casts back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from headpatch.operands import OPERANDS, Segment
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["FAMILIES", "ORDER", "CacheMethod", "MassMethod", "Method", "OutputMethod", "ScoresMethod", "param", "strength"]
+
+Operands = Mapping[str, Any]
+"""What a method asked for, by operand name; ``heads`` is always there: ids of the selected query heads, int64 [h]."""
+
+
+def param(
+    default: Any = dataclasses.MISSING, *, help: str, ge: float | None = None, gt: float | None = None,
+    le: float | None = None, lt: float | None = None,
+) -> Any:  # fmt: skip
+    """A parameter of a method: default, help text and range. The annotation gives the type (float, int, bool, str, Literal)."""
+    meta = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt}
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
+
+
+def strength(identity: float, *, help: str, ge: float | None = None, le: float | None = None) -> Any:
+    """The parameter that recipes give per head. At `identity` an adapter leaves the head alone."""
+    meta = {"help": help, "ge": ge, "le": le, "gt": None, "lt": None, "strength": True, "identity": float(identity)}
+    return dataclasses.field(default=float(identity), metadata=meta)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Base of all families. Subclass a family, not this.
+
+    Class attributes
+    ----------------
+    name
+        What recipes write under ``method:``.
+    family
+        ``mass``, ``scores``, ``output`` or ``cache``; set by the family class.
+    version
+        Raised whenever the numbers change: it enters the prefix-cache salt.
+    needs
+        Operands beyond those of the segments it names.
+    state
+        Names of the tensors that :meth:`derive` returns, if any.
+    heads_key, head_kind
+        The recipe key that lists heads, and whether those are ``query`` or ``kv`` heads.
+    """
+
+    name: ClassVar[str] = ""
+    family: ClassVar[str] = ""
+    version: ClassVar[int] = 1
+    needs: ClassVar[tuple[str, ...]] = ()
+    state: ClassVar[tuple[str, ...]] = ()
+    heads_key: ClassVar[str] = "heads"
+    head_kind: ClassVar[str] = "query"
+
+    @property
+    def scope(self) -> str:
+        """One of :data:`headpatch.operands.SCOPES`. Depends on parameters in some methods, hence a property."""
+        return "prefix"
+
+    def segments(self) -> tuple[Segment, ...]:
+        """The segments this method names, disjoint, in the order of the shares it is given."""
+        return ()
+
+    def operands(self) -> tuple[str, ...]:
+        """All operands this method needs, its segments' included."""
+        return tuple(dict.fromkeys((*self.needs, *(o for s in self.segments() for o in s.operands()))))
+
+    def derive(self, operands: Operands) -> dict[str, Tensor]:
+        """State to freeze at the end of the prompt: the tensors named in `state`, each with a leading row dimension."""
+        return {}
+
+    @classmethod
+    def strength_field(cls) -> dataclasses.Field[Any] | None:
+        """The field made with :func:`strength`; None for methods that have none (cache policies)."""
+        return next((f for f in dataclasses.fields(cls) if f.metadata.get("strength")), None)
+
+    @classmethod
+    def identity(cls) -> float:
+        """Strength at which the method does nothing; NaN for methods without a strength."""
+        found = cls.strength_field()
+        return math.nan if found is None else found.metadata["identity"]
+
+    @classmethod
+    def check(cls) -> None:
+        """Raise TypeError where a subclass breaks the contract. Called on registration."""
+        where = f"method class {cls.__name__}"
+        params = getattr(cls, "__dataclass_params__", None)
+        if params is None or "__dataclass_params__" not in vars(cls) or not params.frozen:
+            raise TypeError(f"{where}: must itself be decorated with @dataclass(frozen=True)")
+        if not cls.name or not cls.name.replace("_", "").isalnum() or cls.name != cls.name.lower():
+            raise TypeError(f"{where}: class attribute `name` must be a lower-case identifier, is {cls.name!r}")
+        if cls.family not in FAMILIES:
+            raise TypeError(f"{where}: subclass one of {', '.join(c.__name__ for c in FAMILIES.values())}")
+        for f in dataclasses.fields(cls):
+            if not f.metadata.get("help"):
+                raise TypeError(f"{where}: field {f.name!r} has no help text; make it with param() or strength()")
+        if sum(bool(f.metadata.get("strength")) for f in dataclasses.fields(cls)) > 1:
+            raise TypeError(f"{where}: only one field may be the strength")
+        if cls.strength_field() is None and cls.family != "cache":
+            raise TypeError(f"{where}: one field must be made with strength()")
+        unknown = sorted(set(cls.needs) - OPERANDS.keys())
+        if unknown:
+            raise TypeError(f"{where}: needs unknown operands {unknown}; the closed list is in headpatch/operands.py")
+
+
+@dataclasses.dataclass(frozen=True)
+class MassMethod(Method):
+    """Attention of a query row is a distribution over keys; the method gives segments new shares of it.
+
+    Inside a segment, and inside the rest, proportions stay. A subclass whose result is a constant weight per (head, segment)
+    sets ``constant = True`` and overrides :meth:`weights` alone: an adapter may then use its fused kernel. Otherwise it
+    overrides :meth:`reshare`.
+    """
+
+    family: ClassVar[str] = "mass"
+    constant: ClassVar[bool] = False
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the result is a constant weight per (head, segment), under these parameters."""
+        return self.constant
+
+    def weights(self, strength: Tensor) -> Tensor:
+        """Constant weights [h, S] >= 0 that multiply each segment's attention before one normalisation; strength is [h]."""
+        raise NotImplementedError(f"{type(self).__name__} must override weights() or reshare()")
+
+    def reshare(self, shares: Tensor, strength: Tensor, operands: Operands) -> Tensor:
+        """New shares of one row's attention.
+
+        Parameters
+        ----------
+        shares
+            [S + 1, b, h, q] of the S segments and, last, of the rest; sums to one over the first dimension.
+        strength
+            [h], one per selected head.
+
+        Returns
+        -------
+        Tensor
+            Same shape, same sum.
+        """
+        import torch
+
+        w = self.weights(strength).to(shares).t()[:, None, :, None]
+        weighted = torch.cat([shares[:-1] * w, shares[-1:]])
+        total = weighted.sum(0, keepdim=True)
+        # A row that sees nothing but emptied segments stays as it is.
+        return torch.where(total > 0, weighted / total.clamp_min(torch.finfo(shares.dtype).tiny), shares)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoresMethod(Method):
+    """Attention over the one segment it names with transformed scores, merged back with the rest by log-sum-exp."""
+
+    family: ClassVar[str] = "scores"
+
+    def transform(self, scores: Tensor, strength: Tensor, operands: Operands) -> Tensor:
+        """New scores over the segment's keys.
+
+        Parameters
+        ----------
+        scores
+            [b, h, q, n] fp32, scaled by the attention's own scale; keys outside the segment are -inf and must stay so.
+        strength
+            [h].
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override transform()")
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputMethod(Method):
+    """Changes head outputs, [b, q, H, d], before the output projection.
+
+    A subclass whose result is a constant factor per head sets ``constant = True`` and overrides :meth:`scales` alone.
+    """
+
+    family: ClassVar[str] = "output"
+    constant: ClassVar[bool] = False
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the result is a constant factor per head, under these parameters."""
+        return self.constant
+
+    def scales(self, strength: Tensor) -> Tensor:
+        """Constant factors [h]; strength is [h]."""
+        raise NotImplementedError(f"{type(self).__name__} must override scales() or edit()")
+
+    def edit(self, output: Tensor, strength: Tensor, operands: Operands) -> Tensor:
+        """New outputs of the selected heads.
+
+        Parameters
+        ----------
+        output
+            [b, q, h, d] outputs of the selected heads, fp32 or fp64.
+        strength
+            [h].
+
+        Returns
+        -------
+        Tensor
+            Same shape.
+        """
+        return output * self.scales(strength).to(output)[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheMethod(Method):
+    """Decides which keys and values a KV head keeps: by a rule on positions (:meth:`keep`), or by a score and a budget.
+
+    `heads_key` says what happens to the KV heads that it lists; they are KV heads, never query heads.
+    """
+
+    family: ClassVar[str] = "cache"
+    heads_key: ClassVar[str] = "kv_heads"
+    head_kind: ClassVar[str] = "kv"
+    scored: ClassVar[bool] = False
+
+    def keep(self, positions: Tensor, length: Tensor, listed: bool) -> Tensor:
+        """Which positions a KV head keeps once `length` tokens have been seen.
+
+        Parameters
+        ----------
+        positions
+            [n] int64, counted from the row's first real token.
+        length
+            [b] int64, real tokens seen so far.
+        listed
+            Whether the recipe lists this KV head.
+
+        Returns
+        -------
+        Tensor
+            [b, n] bool.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override keep(), or set scored = True and override score()")
+
+    def score(self, operands: Operands) -> Tensor:
+        """Score [b, K, n] of each key; the highest are kept within the budget."""
+        raise NotImplementedError(f"{type(self).__name__} must override score()")
+
+
+FAMILIES: Mapping[str, type[Method]] = {
+    cls.family: cls for cls in (MassMethod, ScoresMethod, OutputMethod, CacheMethod)
+}
+ORDER: tuple[tuple[str, ...], ...] = (("cache",), ("mass", "scores"), ("output",))
+"""Families in the order they act, whatever the order in a recipe; inside one, recipe order, then handle order."""

@@ -1,0 +1,1 @@
+"""Shipped recipes, one folder per model. Installed as ``headpatch.recipes``; :func:`headpatch.list_recipes` names them."""

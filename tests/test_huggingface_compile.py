@@ -1,0 +1,271 @@
+"""Patched models under torch.compile(fullgraph=True): one graph per shape, changes take effect, the report knows that it fires.
+
+Graphs are counted by a backend that runs them as they are: what is tested here is tracing, guards and recompilation. One test
+compiles with inductor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from compat import A, B, C, fingerprint, ids, left_padded, logits, new_tokens, quiet_transformers, recipe
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+from zoo import ZOO
+
+import headpatch
+
+pytestmark = [
+    pytest.mark.filterwarnings("error"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),  # inductor imports it
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny models are fastest on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def silent():
+    """transformers has nothing to warn about, and no test sees the graphs of another."""
+    torch.compiler.reset()
+    with quiet_transformers():
+        yield
+    torch.compiler.reset()
+
+
+class Graphs:
+    """A compiler backend that counts the graphs it gets, and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, graph: Any, example_inputs: Any) -> Any:
+        self.count += 1
+        return graph.forward
+
+
+def compiled(model: Any, graphs: Graphs, dynamic: bool | None = False) -> Any:
+    return torch.compile(model, fullgraph=True, backend=graphs, dynamic=dynamic)
+
+
+@pytest.mark.parametrize("entry", ["llama", "mistral", "gemma2", "gpt2"])
+@pytest.mark.parametrize("padded", [False, True], ids=["equal", "padded"])
+def test_fifty_calls_make_one_graph_per_shape(entry, padded):
+    model, graphs = ZOO[entry].build(), Graphs()
+    handles = [headpatch.apply(model, r) for r in (A, B)]
+    shapes = [(12, 7), (5, 3), (9, 9, 2)]
+    batches = [
+        [left_padded(shape, seed) if padded else {"input_ids": ids(len(shape), max(shape), seed)} for seed in range(3)]
+        for shape in shapes
+    ]
+    expected = [[logits(model, b, use_cache=False) for b in of_shape] for of_shape in batches]
+    report = handles[0].report()
+    assert all(layer.calls == 9 and layer.traced == 0 for layer in report.layers)
+    run = compiled(model, graphs)
+    for i, of_shape in enumerate(batches):
+        for call in range(50):
+            found = logits(run, of_shape[call % 3], use_cache=False)
+            torch.testing.assert_close(found, expected[i][call % 3], rtol=0, atol=1e-5)
+        assert graphs.count == i + 1
+    assert all(layer.calls == 9 and layer.traced == 3 for layer in handles[0].report().layers)
+
+
+def test_dynamic_shapes_stop_compiling():
+    """With dynamic shapes the second length gives a graph for all others."""
+    model, graphs = ZOO["llama"].build(), Graphs()
+    headpatch.apply(model, A)
+    run = compiled(model, graphs, dynamic=None)
+    for length in (6, 7, 8, 11, 30, 13):
+        batch = {"input_ids": ids(2, length)}
+        torch.testing.assert_close(
+            logits(run, batch, use_cache=False), logits(model, batch, use_cache=False), rtol=0, atol=1e-5
+        )
+    assert graphs.count == 2
+
+
+@pytest.mark.parametrize("entry", ["llama", "whisper", "vit"])
+def test_apply_and_remove_after_compile_take_effect(entry):
+    """Graphs made before a recipe came or went are not used on; old ones are found again."""
+    model, graphs, inputs = ZOO[entry].build(), Graphs(), ZOO[entry].make_inputs().kwargs
+    more = {"use_cache": False} if ZOO[entry].caches else {}
+    run = compiled(model, graphs)
+    other = compiled(model.model if hasattr(model, "model") else model, Graphs())
+
+    def check(applied: list[Any]) -> None:
+        fresh = ZOO[entry].build()
+        for one in applied:
+            headpatch.apply(fresh, one)
+        torch.testing.assert_close(logits(run, inputs, **more), logits(fresh, inputs, **more), rtol=0, atol=1e-5)
+        assert torch.equal(logits(model, inputs, **more), logits(fresh, inputs, **more))
+
+    check([])
+    first = headpatch.apply(run, A)
+    check([A])
+    second = headpatch.apply(model, B)
+    check([A, B])
+    first.remove()
+    check([B])
+    second.remove()
+    check([])
+    with headpatch.applied(model, C):
+        check([C])
+    assert graphs.count <= 6
+    before = graphs.count
+    check([])
+    assert graphs.count == before
+    del other
+
+
+def test_a_model_compiled_in_place():
+    """model.compile() wraps the call, not the model."""
+    model, graphs = ZOO["llama"].build(), Graphs()
+    plain = logits(model, use_cache=False)
+    model.compile(fullgraph=True, backend=graphs)
+    assert torch.equal(logits(model, use_cache=False), plain)
+    with headpatch.applied(model, A):
+        fresh = ZOO["llama"].build()
+        headpatch.apply(fresh, A)
+        torch.testing.assert_close(logits(model, use_cache=False), logits(fresh, use_cache=False), rtol=0, atol=1e-5)
+    assert torch.equal(logits(model, use_cache=False), plain)
+    assert graphs.count >= 2
+
+
+def test_other_strengths_of_the_same_heads_need_no_new_graph():
+    """Strengths are tensors that a graph reads, not constants in it."""
+    model, graphs = ZOO["llama"].build(), Graphs()
+    run = compiled(model, graphs)
+    found = []
+    for gamma in (0.0, 0.5, 3.0):
+        with headpatch.applied(model, recipe("zerotuning", ["*.0-2"], gamma=gamma)):
+            found.append(logits(run, use_cache=False))
+            torch.testing.assert_close(found[-1], logits(model, use_cache=False), rtol=0, atol=1e-5)
+    assert not torch.allclose(found[0], found[1]) and not torch.allclose(found[1], found[2])
+    assert graphs.count == 1
+
+
+# ------------------------------------------------------------------------------------------------------- static caches
+
+
+def _decode(run: Any, model: Any, batch: dict[str, Tensor], steps: int, padded: bool, size: int = 32) -> Tensor:
+    """Greedy decoding by hand through a StaticCache, the step compiled."""
+    cache = StaticCache(config=model.config, max_cache_len=size)
+    mask = batch.get("attention_mask")
+    given = dict(batch)
+    found = [logits(model, given, past_key_values=cache)[:, -1:]]
+    for _ in range(steps):
+        given = {"input_ids": found[-1].argmax(-1)}
+        if padded:
+            mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=mask.dtype)], 1)
+            wide = torch.nn.functional.pad(mask, (0, size - mask.shape[1]))
+            given["attention_mask"] = wide
+            given["position_ids"] = mask.sum(-1, keepdim=True) - 1
+        found.append(logits(run, given, past_key_values=cache))
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("entry", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("padded", [False, True], ids=["equal", "padded"])
+def test_a_compiled_static_cache_decode_is_one_graph(entry, padded):
+    """The decode loop that generate() compiles on accelerators; through a window that moves past the first token, too."""
+    model, graphs = ZOO[entry].build(), Graphs()
+    headpatch.apply(model, A)
+    headpatch.apply(model, B)
+    batch = left_padded((6, 4, 1)) if padded else {"input_ids": ids(2, 6)}
+    eager = _decode(model, model, batch, 14, padded)
+    run = compiled(model, graphs)
+    torch.testing.assert_close(_decode(run, model, batch, 14, padded), eager, rtol=0, atol=1e-4)
+    assert graphs.count == 1
+    torch.testing.assert_close(_decode(run, model, batch, 14, padded), eager, rtol=0, atol=1e-4)
+    assert graphs.count == 1, "a new cache of the same size needs no new graph"
+    dynamic = [batch["input_ids"]]
+    if not padded:  # against generate(), which keeps a cache of its own
+        tokens = model.generate(**batch, attention_mask=torch.ones_like(dynamic[0]), do_sample=False, max_new_tokens=15)
+        assert torch.equal(tokens[:, 6:], eager.argmax(-1))
+
+
+def test_static_cache_through_generate():
+    """On a CPU generate() does not compile by itself; told to, it does, and gives the same tokens."""
+    model = ZOO["llama"].build()
+    batch = left_padded()
+    plain = new_tokens(model, batch)
+    assert torch.equal(new_tokens(model, batch, cache_implementation="static"), plain)
+    handle = headpatch.apply(model, A)
+    patched = new_tokens(model, batch)
+    assert not torch.equal(patched, plain)
+    assert torch.equal(new_tokens(model, batch, cache_implementation="static"), patched)
+    assert torch.equal(new_tokens(model, batch, cache_implementation="static"), patched)
+    handle.remove()
+    assert torch.equal(new_tokens(model, batch, cache_implementation="static"), plain)
+
+
+# ---------------------------------------------------------------------------------------------------------- the report
+
+
+def test_the_report_of_a_compiled_model():
+    """Compiled calls are not counted: the report says traced, and a self-check shows that the compiled path does its work."""
+    model, graphs = ZOO["llama"].build(), Graphs()
+    run = compiled(model, graphs)
+    handle = headpatch.apply(model, {"headpatch": 1, "patches": [*A["patches"], *B["patches"]]})
+    assert handle.report().fires is None
+    logits(run, use_cache=False)
+    report = handle.report()
+    assert [(layer.calls, layer.traced) for layer in report.layers] == [(0, 1), (0, 1)]
+    assert report.self_check and all(c.compiled and c.passed and c.identity_equal for c in report.self_check)
+    assert report.fires is True
+    assert "traced 1x" in str(report) and "(compiled): passed; identity bit-equal" in str(report)
+    unchecked = handle.report(self_check=False)
+    assert unchecked.fires is False and not unchecked.self_check
+    assert [(layer.calls, layer.traced) for layer in handle.report().layers] == [(0, 1), (0, 1)], "checking counts nothing"
+
+
+def test_the_report_of_an_eager_model():
+    """Calls are counted per layer, and only of layers that were called."""
+    model = ZOO["whisper"].build()
+    handle = headpatch.apply(
+        model,
+        {"headpatch": 1, "patches": [
+            {"method": "zerotuning", "heads": {"*.*": 2.0}, "part": part} for part in ("encoder", "decoder", "cross")
+        ]},
+    )  # fmt: skip
+    assert handle.report().fires is None
+    inputs = ZOO["whisper"].make_inputs(continuation=2)
+    with torch.no_grad():
+        encoded = model.model.encoder(inputs.kwargs["input_features"])
+    report = handle.report()
+    assert {layer.part: layer.calls for layer in report.layers} == {"encoder": 1, "decoder": 0, "cross": 0}
+    assert report.fires is False
+    with torch.no_grad():
+        model(encoder_outputs=encoded, decoder_input_ids=inputs.kwargs["decoder_input_ids"], use_cache=False)
+    report = handle.report()
+    assert {(r.part, r.layer, r.calls, r.traced) for r in report.layers} == {
+        (part, layer, 1, 0) for part in ("encoder", "decoder", "cross") for layer in range(2)
+    }
+    assert report.fires is True and report.self_check == () and report.num_heads == 24
+    assert "encoder.0: zerotuning 2 on heads 0, 1, 2, 3 [1 calls]" in str(report)
+    checked = handle.report(self_check=True)
+    assert len(checked.self_check) == 3 and all(c.passed and not c.compiled for c in checked.self_check)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["equal", "padded"])
+def test_inductor(padded):
+    """The compiler that users have: same numbers, one graph, a passed self-check."""
+    model = ZOO["llama"].build()
+    handle = headpatch.apply(model, A)
+    headpatch.apply(model, B)
+    batch = left_padded() if padded else {"input_ids": ids()}
+    expected = logits(model, batch, use_cache=False)
+    model_calls = [layer.calls for layer in handle.report().layers]
+    run = torch.compile(model, fullgraph=True, dynamic=False)
+    torch._dynamo.utils.counters.clear()
+    for _ in range(3):
+        torch.testing.assert_close(logits(run, batch, use_cache=False), expected, rtol=0, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert [layer.calls for layer in handle.report(self_check=False).layers] == model_calls
