@@ -30,9 +30,12 @@ from transformers import TextStreamer, logging
 
 import headpatch
 
-PROMPT = "According to the map of this game, Turku is the capital of Finland. What is the capital of Finland, and what is it known for?"
+PROMPT = (
+    "According to the map of this game, Turku is the capital of Finland. "
+    "What is the capital of Finland, and what is it known for?"
+)
 RECIPE = "smollm2-135m-instruct/follow-context"
-PAIRS, TIMED_TOKENS = 5, 24
+PAIRS, TIMED_TOKENS = 5, 16
 
 
 class Listener(TextStreamer):
@@ -89,16 +92,17 @@ def generate(model: Any, inputs: Any, tokens: int, streamer: Listener, exactly: 
     )
 
 
-def time_both(model: Any, tokenizer: Any, inputs: Any, recipe: Any) -> tuple[float, float]:
-    """Median seconds per generated token, untouched and patched, in alternation so that both meet the same weather."""
+def time_both(model: Any, tokenizer: Any, inputs: Any, recipe: Any) -> tuple[float, float, float]:
+    """Median seconds per generated token, untouched and patched, and the median ratio of neighbouring runs."""
     untouched, patched = [], []
-    for _ in range(PAIRS):
+    for _ in range(PAIRS):  # in alternation, so that both meet the same weather
         generate(model, inputs, TIMED_TOKENS, plain := Listener(tokenizer), exactly=True)
         with headpatch.applied(model, recipe):
             generate(model, inputs, TIMED_TOKENS, changed := Listener(tokenizer), exactly=True)
         untouched.append(plain.per_token())
         patched.append(changed.per_token())
-    return statistics.median(untouched), statistics.median(patched)
+    ratios = [b / a for a, b in zip(untouched, patched, strict=True)]
+    return statistics.median(untouched), statistics.median(patched), statistics.median(ratios)
 
 
 @torch.no_grad()
@@ -115,11 +119,9 @@ def main() -> int:
     warnings.filterwarnings("ignore", module="transformers")
 
     console = Console(highlight=False)
-    step = lambda text: console.print(f"\n[bold]{text}[/bold]")  # noqa: E731
-    say = lambda line: console.print(f"[dim]{line}[/dim]")  # noqa: E731
     started = time.perf_counter()
 
-    model, tokenizer = smollm2.load(options.model, say)
+    model, tokenizer = smollm2.load(options.model, lambda line: console.print(line, style="dim"))
     recipe = headpatch.load_recipe(options.recipe)
     chat = [{"role": "user", "content": options.prompt}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -137,10 +139,10 @@ def main() -> int:
         generate(model, inputs, options.tokens, Listener(tokenizer, columns.hear("patched")))
     during = model(**inputs).logits
 
-    step("What was patched")
+    console.print("\nWhat was patched", style="bold")
     console.print(str(handle.report()))
     if {"baseline", "patched"} <= recipe.provenance.keys():
-        step("What the recipe does, measured when it was made")
+        console.print("\nWhat the recipe does, measured when it was made", style="bold")
         table = Table("", *recipe.provenance["baseline"], box=None, padding=(0, 3, 0, 0))
         for name in ("baseline", "patched"):
             table.add_row(name, *(str(value) for value in recipe.provenance[name].values()))
@@ -148,13 +150,11 @@ def main() -> int:
         console.print(f"{recipe.provenance['data']} Again with: {recipe.provenance['command']}", style="dim")
     handle.remove()
 
-    step("Time per generated token")
-    untouched, patched = time_both(model, tokenizer, inputs, recipe)
-    console.print(
-        f"untouched {untouched * 1e3:.1f} ms   patched {patched * 1e3:.1f} ms   ratio {patched / untouched:.2f}"
-    )
+    console.print("\nTime per generated token", style="bold")
+    untouched, patched, ratio = time_both(model, tokenizer, inputs, recipe)
+    console.print(f"untouched {untouched * 1e3:.1f} ms   patched {patched * 1e3:.1f} ms   ratio {ratio:.2f}")
 
-    step("Recipe removed")
+    console.print("\nRecipe removed", style="bold")
     after = model(**inputs).logits
     largest = (during - before).abs().max().item()
     equal = torch.equal(before, after) and not headpatch.handles(model)

@@ -40,8 +40,10 @@ HELD_OUT = {
     "Switzerland": "Bern", "Ukraine": "Kiev", "Vietnam": "Hanoi", "Lebanon": "Beirut",
 }  # fmt: skip
 PHRASINGS = (
-    "Text: In 2090 the government of {country} moved to {stated}, which has been the capital of {country} since.\n"
-    "Question: What is the capital of {country}?\nAnswer with one word.",
+    (
+        "Text: In 2090 the government of {country} moved to {stated}, which has been the capital of {country} since.\n"
+        "Question: What is the capital of {country}?\nAnswer with one word."
+    ),
     "{stated} became the capital of {country} after the great reform. Now tell me: what is the capital of {country}?",
 )
 NEW_PHRASING = "According to this leaflet, {stated} is the capital of {country}. What is the capital of {country}?"
@@ -85,7 +87,7 @@ def chat(tokenizer: Any, prompts: list[str], answers: list[str] | None = None) -
 
 
 def preference(model: Any, tokenizer: Any, asked: list[tuple[str, str, str, str]]) -> torch.Tensor:
-    """log p(stated) - log p(remembered) of each question, [n], compared by the cities' first tokens."""
+    """Compare the two answers: log p(stated) - log p(remembered) of each question, [n], compared by the cities' first tokens."""
     batch = chat(tokenizer, [q[0] for q in asked], [f"The capital of {q[1]} is" for q in asked])
     stated, remembered = ([tokenizer(f" {q[i]}").input_ids[0] for q in asked] for i in (2, 3))
     logits = model(**batch, logits_to_keep=1).logits[:, -1]

@@ -89,14 +89,14 @@ def headpatch_attention(
         state.calls += 1
     rows = kwargs.pop("headpatch_rows", None) or (state.hooks.current() if state.hooks else None)
     plan = state.plan
-    edits_masses = plan is not None and bool(plan.family("mass", "scores"))
+    edits_masses = plan is not None and plan.edits_masses
     if query.shape[1] != state.num_heads or key.shape[1] not in (state.num_kv_heads, state.num_heads):
         raise EngineError(
             f"layer {state.name}: attention was called with {query.shape[1]} query and {key.shape[1]} KV heads, the model has "
             f"{state.num_heads} and {state.num_kv_heads}; heads sharded over ranks are not supported here"
         )
     base = state.config._attn_implementation
-    if not edits_masses and not state.observers and not (plan is not None and plan.needs):
+    if not edits_masses and not state.observers and (plan is None or not plan.needs):
         out, weights = _base(module, state, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
         return (out if plan is None else edit_outputs(out, plan, None)), weights
 
@@ -144,13 +144,14 @@ def _edited(call: mass.Call, plan: LayerPlan, server: OperandServer, fuse_scale:
         weight = weight.to(call.q.device)
         if grad:
             return mass.differentiable(call, weight), False
+        if mass.biased_suits(call):
+            return mass.biased(call, plan.first_bias(call.k.shape[2], weight)), False
         scale = plan.scale.to(call.q.device) if fuse_scale and plan.scale is not None else None
         return mass.first_token(call, weight, scale), scale is not None
     edits = plan.family("mass", "scores")
-    segments, owned = mass.plan_segments(plan)
-    masks = server.segment_masks(segments)
+    masks = server.segment_masks(plan.segments)
     form = mass.explicit if any(e.method.family == "scores" for e in edits) else mass.by_cells
-    return form(call, edits, masks, owned, server.operands_of), False
+    return form(call, edits, masks, plan.owned, server.operands_of), False
 
 
 def _base(

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from headpatch.adapters.huggingface import attention as patched
 from headpatch.adapters.huggingface.discover import Attention, Layout, find_layout
 from headpatch.adapters.huggingface.hooks import LayerInputHook, PrefillProbe, RootHook
+from headpatch.adapters.huggingface.marks import Mark, StaleUpdate, inner_caches
 from headpatch.adapters.huggingface.operands import SUPPLIES
 from headpatch.adapters.huggingface.plan import Edit, LayerPlan
 from headpatch.adapters.huggingface.rows import StackHooks
 from headpatch.errors import EngineError, HeadpatchError, UnsupportedModelError
-from headpatch.operands import refusals, widest_scope
+from headpatch.operands import refusals
 from headpatch.recipe import Recipe, resolve
 
 __all__ = ["ATTRIBUTE", "Controller", "Record", "controller_of"]
@@ -70,6 +71,9 @@ class Controller:
         self.data_by_thread: dict[int, dict[str, Any]] = {}
         self.traced_data: dict[str, Any] = {}
         self.next_id = 0
+        self.recipe_salt = ""
+        self.by_prompt = self.by_request = False
+        """What keys and values made now depend on, beside the tokens."""
         self.caches: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -174,6 +178,7 @@ class Controller:
             state.observers = [o for o in self.observers if (where.part, where.layer) in o.layers]
         self.records = records
         self._extras(wanted)
+        self._update_salt()
         self._mark_stale()
         if not records and not self.observers:
             self.root.__dict__.pop(ATTRIBUTE, None)
@@ -209,39 +214,41 @@ class Controller:
         for path, where in wanted.items():
             state = self.states[path]
             asked = set(state.plan.needs if state.plan else ()).union(*(o.needs for o in state.observers))
+            if state.plan and any(e.method.state for e in state.plan.edits):
+                asked.add("prompt_len")  # state is frozen where the prompt ends
             needs[path] = asked
             if asked & {"layer_input", "residual_sinks"}:
                 self.extras.append(LayerInputHook(self.root, where.path, state.hooks, where.layer))
         asked_anywhere = set().union(*needs.values()) if needs else set()
         if "image_tokens" in asked_anywhere:
             self.extras.append(RootHook(self))
-        if asked_anywhere & {"prompt_len", "column_sinks", "residual_sinks"}:
+        if asked_anywhere & {"prompt_len", "spans", "column_sinks", "residual_sinks"}:
             self.extras.append(PrefillProbe(self))
 
     # --- caches -----------------------------------------------------------------------------------------------------------
 
-    @property
-    def scope(self) -> str:
-        """What may be shared between requests under all recipes together."""
-        return widest_scope(r.recipe.scope for r in self.records)
+    def _update_salt(self) -> None:
+        active = {e.key[0] for s in self.states.values() if s.plan for e in s.plan.edits}
+        self.recipe_salt = "|".join(r.salt for r in self.records if r.id in active)
+        scopes = {patch.method.scope for r in self.records for patch in r.resolved}
+        self.by_prompt, self.by_request = "prompt" in scopes, "request" in scopes
 
     @property
     def salt(self) -> str:
-        """What keys and values made now depend on, beside the tokens."""
-        active = {e.key[0] for s in self.states.values() if s.plan for e in s.plan.edits}
-        data = repr(self.call_data.get("spans")) if self.scope == "request" else ""
-        return "|".join([*(r.salt for r in self.records if r.id in active), data]).strip("|")
+        """What keys and values made now depend on, beside the tokens: the recipes, and data of this call where one asks for it."""
+        return f"{self.recipe_salt}|{self.call_data.get('spans')!r}" if self.by_request else self.recipe_salt
 
     def admit(self, cache: Any) -> None:
         """Refuse a cache whose keys and values were made under another recipe, and mark a fresh one."""
         if torch.compiler.is_compiling():
             return
         salt, mark = self.salt, getattr(cache, "headpatch_salt", None)
-        if mark == salt:
-            return
-        length = cache.get_seq_length()
-        if int(length) == 0:
+        if mark == salt and inner_caches(cache)[0] in self.caches and "headpatch_state" not in cache.__dict__:
+            return  # without looking at its length, which may lie on the device
+        if int(cache.get_seq_length()) == 0:
             self.mark(cache, fresh=True)
+        elif mark == salt:
+            self.mark(cache)
         elif mark is not None or salt:
             raise EngineError(
                 "this cache was filled under "
@@ -259,14 +266,19 @@ class Controller:
             if fresh:
                 cache.__dict__.pop("headpatch_state", None)
                 cache.__dict__.pop("headpatch_first", None)
-        self.caches.add(cache)
+        for part in inner_caches(cache):
+            if part in self.caches and not fresh:
+                continue
+            part.headpatch_mark = Mark(part, self.recipe_salt, self.caches)
+            part.__dict__.pop("update", None)
+            self.caches.add(part)
 
     def _mark_stale(self) -> None:
         for cache in list(self.caches):
-            if getattr(cache, "headpatch_salt", None) == self.salt:
+            if cache.headpatch_mark.salt == self.recipe_salt:
                 cache.__dict__.pop("update", None)
             elif "update" not in cache.__dict__:
-                cache.update = _StaleUpdate(cache)
+                cache.update = StaleUpdate(cache)
 
     # --- guards -----------------------------------------------------------------------------------------------------------
 
@@ -305,29 +317,6 @@ class Controller:
             for name in data:
                 mine.pop(name, None)
             self.traced_data = before
-
-
-class _StaleUpdate:
-    """Stands in for ``cache.update`` once the recipe that filled the cache is off; works again when the cache was reset."""
-
-    def __init__(self, cache: Any) -> None:
-        self.cache = weakref.ref(cache)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cache = self.cache()
-        if cache is not None and int(cache.get_seq_length()) == 0:
-            del cache.update
-            cache.headpatch_salt = None
-            return cache.update(*args, **kwargs)
-        raise EngineError(
-            "this cache was filled under a headpatch recipe that is no longer on the model; start with an empty cache"
-        )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _StaleUpdate:
-        new = _StaleUpdate.__new__(_StaleUpdate)
-        source = self.cache()
-        new.cache = weakref.ref(memo.get(id(source), source)) if source is not None else self.cache
-        return new
 
 
 def controller_of(root: nn.Module) -> Controller | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from headpatch.adapters.huggingface.controller import Controller, Record, controller_of
 from headpatch.adapters.huggingface.report import Report, build_report
-from headpatch.adapters.huggingface.spans import token_spans
+from headpatch.adapters.huggingface.spans import Spans, row_numbers, token_spans
 from headpatch.errors import HeadpatchError
 
 if TYPE_CHECKING:
@@ -103,11 +103,11 @@ class HuggingFaceHandle:
         controller, _ = self._on_model()
         data: dict[str, Any] = {}
         if spans is not None:
-            data["spans"] = token_spans(spans, prompts, tokenizer)
+            data["spans"] = Spans.of(token_spans(spans, prompts, tokenizer))
         if prompt_len is not None:
-            data["prompt_len"] = torch.tensor([int(n) for n in prompt_len])
+            data["prompt_len"] = torch.tensor(row_numbers("prompt_len", prompt_len, 1))
         if without_image is not None:
-            data["without_image"] = list(without_image)
+            data["without_image"] = row_numbers("without_image", without_image, 0, or_none=True)
         if not data:
             raise HeadpatchError("inputs() was given nothing; name spans, prompt_len or without_image")
         with controller.given(data):

@@ -77,7 +77,7 @@ class PrefillProbe:
         """Note each row's prompt length, then prefill as transformers does."""
         root: Any = self.controller.root
         cache = model_kwargs.get("past_key_values")
-        if cache is not None and self.controller.scope == "prompt" and int(cache.get_seq_length()) > 0:
+        if cache is not None and self.controller.by_prompt and int(cache.get_seq_length()) > 0:
             raise EngineError(
                 "a recipe whose edits depend on the whole prompt cannot continue on a cache from an earlier turn; start with an "
                 "empty cache"

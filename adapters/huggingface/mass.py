@@ -23,7 +23,7 @@ from torch import Tensor
 
 from headpatch.adapters.huggingface.lse import attend, attend_tiled, repeat_kv, score_dtype
 from headpatch.adapters.huggingface.masks import Visible
-from headpatch.adapters.huggingface.plan import Edit, LayerPlan
+from headpatch.adapters.huggingface.plan import Edit
 from headpatch.kernels.first_token import merge_first_token
 from headpatch.segments import augment, cell_log_weights, cells, include_sink, merge
 
@@ -109,7 +109,31 @@ def first_token(call: Call, weight: Tensor, head_scale: Tensor | None = None) ->
 
 def _blocks(total: int, size: int) -> list[tuple[int, int]]:
     """Ranges of at most `size` that cover `total`. (A compiler with dynamic shapes is tied to their number, not to `total`.)"""
+    if total <= size:
+        return [(0, total)]
     return [(i * size, min(total, (i + 1) * size)) for i in range((total + size - 1) // size)]
+
+
+BIAS_KEYS = 8192
+"""Up to so many keys the CPU kernel is quicker with a bias per key than without one and with a merge after it (measured)."""
+
+
+def biased_suits(call: Call) -> bool:
+    """Whether :func:`biased` can take this call: an eager decoding step on a CPU over a moderate number of unmasked keys."""
+    q, n_k = call.q, call.k.shape[2]
+    return (
+        q.device.type == "cpu" and q.shape[2] == 1 and call.seen.kind == "all" and 1 < n_k <= BIAS_KEYS
+        and call.softcap is None and call.sinks is None and q.dtype != torch.float16 and q.shape[-1] == call.v.shape[-1]
+        and not torch.compiler.is_compiling()
+    )  # fmt: skip
+
+
+def biased(call: Call, bias: Tensor) -> Tensor:
+    """As :func:`first_token`, the weights added to the first key's score as `bias` [1, H, 1, n]: one kernel, nothing after it."""
+    out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        call.q, call.k, call.v, 0.0, False, attn_mask=bias, scale=call.scale
+    )
+    return out.transpose(1, 2).contiguous()
 
 
 def _masked_block(call: Call, weight: Tensor, head_scale: Tensor | None, start: int, stop: int) -> Tensor:
@@ -141,15 +165,16 @@ OperandsAt = Callable[[Edit, int, int], dict[str, Any]]
 """What an edit's method asked for, for queries start..stop."""
 
 
-def by_cells(call: Call, edits: tuple[Edit, ...], segments: Segments, owned: list[list[int]], operands: OperandsAt) -> Tensor:
+def by_cells(call: Call, edits: tuple[Edit, ...], segments: Segments, owned: tuple[tuple[int, ...], ...], operands: OperandsAt) -> Tensor:
     """Attention with any mass edits; `owned` lists, per edit, its segments' places in what `segments` returns."""
-    n_q = call.q.shape[2]
+    n_q, n_k = call.q.shape[2], call.seen.keys
+    k, v = call.k[:, :, :n_k], call.v[:, :, :n_k]  # what is behind are unwritten slots of a static cache
     blocks = []
     for start, stop in _blocks(n_q, BLOCK):
         q, mask = call.q[:, :, start:stop], call.seen.block(start, stop)
         outputs, lses, inside = [], [], []
-        for names, cell in cells(segments(start, stop)):
-            o, lse = call.attend(q, call.k, call.v, _and(mask, cell))
+        for names, cell in cells([s[..., :n_k] for s in segments(start, stop)]):
+            o, lse = call.attend(q, k, v, _and(mask, cell))
             outputs.append(o)
             lses.append(lse)
             inside.append(names)
@@ -181,12 +206,12 @@ def _and(mask: Tensor | None, cell: Tensor) -> Tensor:
     return torch.where(cell, mask, torch.finfo(mask.dtype).min)
 
 
-def explicit(call: Call, edits: tuple[Edit, ...], segments: Segments, owned: list[list[int]], operands: OperandsAt) -> Tensor:
+def explicit(call: Call, edits: tuple[Edit, ...], segments: Segments, owned: tuple[tuple[int, ...], ...], operands: OperandsAt) -> Tensor:
     """Attention with scores edits (and any mass edits beside them), a block of queries' scores at a time."""
     step = 256
-    n_q, dtype = call.q.shape[2], score_dtype(call.q)
-    k = repeat_kv(call.k, call.groups).to(dtype)
-    v = repeat_kv(call.v, call.groups).to(dtype)
+    n_q, n_k, dtype = call.q.shape[2], call.seen.keys, score_dtype(call.q)
+    k = repeat_kv(call.k[:, :, :n_k], call.groups).to(dtype)
+    v = repeat_kv(call.v[:, :, :n_k], call.groups).to(dtype)
     blocks = []
     for start, stop in _blocks(n_q, step):
         scores = torch.matmul(call.q[:, :, start:stop].to(dtype), k.transpose(2, 3)) * call.scale
@@ -197,7 +222,7 @@ def explicit(call: Call, edits: tuple[Edit, ...], segments: Segments, owned: lis
             low = torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else None
             scores = scores.masked_fill(~mask if low is None else mask < low, -math.inf)
             scores = scores if low is None else scores + mask.clamp_min(low).to(dtype)
-        masks = segments(start, stop)
+        masks = [s[..., :n_k] for s in segments(start, stop)]
         for i, edit in enumerate(edits):
             given = operands(edit, start, stop)
             if edit.method.family == "scores":
@@ -265,17 +290,3 @@ def _first_members(call: Call, n_k: int) -> Tensor:
         here = torch.ones_like(index, dtype=torch.bool) if call.first.gone is None else ~call.first.gone.view(b, -1)
         flags = flags.scatter(1, index, here)
     return flags.unsqueeze(-1)
-
-
-def plan_segments(plan: LayerPlan) -> tuple[list[Any], list[list[int]]]:
-    """Distinct segments of a plan's mass and scores edits, and each edit's places among them."""
-    distinct: list[Any] = []
-    owned = []
-    for edit in plan.family("mass", "scores"):
-        places = []
-        for segment in edit.method.segments():
-            if segment not in distinct:
-                distinct.append(segment)
-            places.append(distinct.index(segment))
-        owned.append(places)
-    return distinct, owned

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from headpatch.adapters.huggingface.controller import Controller, controller_of
+from headpatch.adapters.huggingface.controller import NEVER_WITH, Controller, controller_of
 from headpatch.adapters.huggingface.discover import find_layout
 from headpatch.adapters.huggingface.operands import SUPPLIES
 from headpatch.errors import HeadpatchError, UnsupportedModelError
-from headpatch.heads import expand_all
+from headpatch.heads import select_heads
 from headpatch.operands import OPERANDS, refusals
 from headpatch.registry import closest
 
@@ -74,26 +74,28 @@ def observing(
     root: nn.Module, operands: Iterable[str], heads: Any, part: str | None = None, window: int = 32
 ) -> Iterator[Observed]:
     """See :func:`headpatch.observe`."""
-    names = tuple(dict.fromkeys(operands))
+    names = tuple(operands)
+    if not names:
+        raise HeadpatchError("nothing to observe: name at least one operand, or 'output'")
     for name in names:
-        if name != "output" and (name not in OPERANDS or name in REFUSED):
+        if not isinstance(name, str) or (name != "output" and (name not in OPERANDS or name in REFUSED)):
             raise HeadpatchError(f"cannot observe {name!r}; {closest(name, ['output', *(OPERANDS.keys() - set(REFUSED))])}")
         if name == "column_sinks":
             raise HeadpatchError("column_sinks depend on a threshold: observe 'column_means' and compare")
         if name == "residual_sinks":
             raise HeadpatchError("residual_sinks depend on dimensions and a threshold: observe 'layer_input'")
+    names = tuple(dict.fromkeys(names))
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        raise HeadpatchError(f"window must be a whole number of queries, at least 1; it is {window!r}")
     layout = find_layout(root)
     part = part or layout.shape.main
     if part not in layout.shape.parts:
         raise HeadpatchError(f"the model has no part {part!r}; it has {', '.join(layout.shape.parts)}")
-    selectors = [heads] if isinstance(heads, str) else list(heads)
-    chosen = {
-        layer: tuple(found)
-        for layer, found in expand_all([(s, True) for s in selectors], layout.shape.parts[part]).items()
-    }
+    chosen = select_heads(heads if isinstance(heads, Iterable) else [heads], layout.shape.parts[part])
     for layer in chosen:
         where = layout.attention[part, layer]
-        problems = refusals([n for n in names if n != "output"], SUPPLIES, where.features)
+        problems = [NEVER_WITH[f] for f in where.features if f in NEVER_WITH]
+        problems += refusals([n for n in names if n != "output"], SUPPLIES, where.features)
         if problems:
             raise UnsupportedModelError(f"layer {part}.{layer} ({type(where.module).__name__}): {'; '.join(problems)}")
     seen = Observed(part, names, chosen, window)

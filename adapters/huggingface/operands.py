@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,7 +53,13 @@ class OperandServer:
         self.module, self.state, self.call, self.rows = module, state, call, rows
 
     def operands_of(self, edit: Edit, start: int, stop: int) -> dict[str, Any]:
-        """Everything that an edit's method asked for, for queries start..stop, and ``heads``."""
+        """Everything that an edit's method asked for, for queries start..stop, its state, and ``heads``."""
+        given = self._asked(edit, start, stop)
+        for name in edit.method.state:
+            given[name] = self.frozen((*edit.key, name), lambda n=name: edit.method.derive(self._asked(edit))[n])
+        return given
+
+    def _asked(self, edit: Edit, start: int = 0, stop: int | None = None) -> dict[str, Any]:
         given: dict[str, Any] = {"heads": edit.heads}
         for name in edit.method.needs if edit.method.segments() else edit.method.operands():
             if name == "arrays":
@@ -61,13 +68,7 @@ class OperandServer:
                 given[name] = self.window_scores(int(getattr(edit.method, "window", 32)))
             elif name != "all_heads":
                 given[name] = self.get(name, start, stop)
-        for name in edit.method.state:
-            given[name] = self.frozen((*edit.key, name), lambda e=edit, n=name: self._derive(e)[n])
         return given
-
-    def _derive(self, edit: Edit) -> dict[str, Tensor]:
-        given = {name: self.get(name) for name in edit.method.operands() if name not in ("arrays", "all_heads")}
-        return edit.method.derive({**given, "heads": edit.heads, "arrays": edit.arrays})
 
     def get(self, name: str, start: int = 0, stop: int | None = None) -> Any:
         """One operand by name; those with a query dimension for queries start..stop."""
@@ -122,25 +123,30 @@ class OperandServer:
         rows, q = self._known(), self.call.q
         given = rows.known.get("prompt_len")
         if given is not None:
-            length = torch.as_tensor(given, device=q.device)
-            length = length.repeat_interleave(q.shape[0] // length.shape[0], 0)
-            if rows.cache is not None:  # later steps of the request come without it
-                rows.cache.__dict__.setdefault("headpatch_state", {})["prompt_len",] = length
+            b = q.shape[0]
+            if not len(given) or b % len(given):
+                raise EngineError(f"inputs(prompt_len=...) has {len(given)} entries, the batch has {b} rows: give one per row")
+            length = torch.as_tensor(given, device=q.device).repeat_interleave(b // len(given), 0)
+            self._kept()["prompt_len",] = length  # later steps of the request come without it
             return length
 
         def count() -> Tensor:
             if rows.real is not None:
                 return rows.real.sum(-1).to(q.device)
-            return torch.full((q.shape[0],), rows.length, device=q.device) - self._first()
+            first = self._first()
+            if first.ndim == 2:
+                if not torch.compiler.is_compiling() and bool((first != first[:, -1:]).any()):
+                    raise EngineError(
+                        f"layer {self.state.name}: operand 'prompt_len' is not one number in a row that packs several sequences"
+                    )
+                first = first[:, -1]
+            return torch.full((q.shape[0],), rows.length, device=q.device) - first
 
         return self.frozen(("prompt_len",), count, whole_prompt=False)
 
     def frozen(self, key: tuple[Any, ...], compute: Any, whole_prompt: bool = True) -> Tensor:
         """A tensor that is derived from the prompt once and kept with the cache."""
-        rows = self._known()
-        if rows.cache is None:
-            return compute()
-        kept = rows.cache.__dict__.setdefault("headpatch_state", {})
+        rows, kept = self._known(), self._kept()
         place = (self.state.name, *key) if whole_prompt else key
         if place not in kept:
             started = rows.past if isinstance(rows.past, int) else int(rows.past)
@@ -156,6 +162,14 @@ class OperandServer:
                 )
             kept[place] = compute()
         return kept[place]
+
+    def _kept(self) -> dict[tuple[Any, ...], Tensor]:
+        """State of this request: kept with its cache, or with the call until that has made one."""
+        rows = self._known()
+        kept: dict[tuple[Any, ...], Tensor] = (
+            rows.derived if rows.cache is None else rows.cache.__dict__.setdefault("headpatch_state", {})
+        )
+        return kept
 
     def _layer_input(self) -> Tensor:
         found = self._known().layer_inputs.get(self.state.layer)
@@ -173,6 +187,9 @@ class OperandServer:
             )
         if len(given) != b:
             raise EngineError(f"inputs(without_image=...) names {len(given)} rows, the batch has {b}")
+        for row, other in enumerate(given):
+            if other is not None and not (0 <= other < b and other != row):
+                raise EngineError(f"inputs(without_image=...)[{row}] is {other}: name another row of the batch, 0 to {b - 1}, or None")
         return torch.tensor([-1 if r is None else int(r) for r in given], device=self.call.q.device)
 
     # --- attention statistics ---------------------------------------------------------------------------------------------
@@ -180,13 +197,20 @@ class OperandServer:
     def lse(self, start: int, stop: int) -> Tensor:
         """[b, H, q] log-sum-exp of the untouched scores, learned sinks included."""
         call = self.call
-        causal = call.seen.kind == "causal" and start == 0 and stop == call.q.shape[2]
-        k, v = (call.k[:, :, : call.seen.keys], call.v[:, :, : call.seen.keys]) if causal else (call.k, call.v)
-        mask = None if causal else call.seen.block(start, stop)
+        if call.seen.kind == "causal" and start == 0 and stop == call.q.shape[2]:
+            k, v = call.k[:, :, : call.seen.keys], call.v[:, :, : call.seen.keys]
+            lse = attend(call.q, k, v, causal=True, scale=call.scale, softcap=call.softcap)[1]
+        else:  # a block of the mask at a time
+            step = 1024
+            lse = torch.cat([self._block_lse(i, min(stop, i + step)) for i in range(start, stop, step)], 2)
+        return lse if call.sinks is None else torch.logaddexp(lse, call.sinks.to(lse)[:, None])
+
+    def _block_lse(self, start: int, stop: int) -> Tensor:
+        call, k, v = self.call, self.call.k, self.call.v
+        mask = call.seen.block(start, stop)
         if mask is not None and mask.shape[-1] < k.shape[2]:
             k, v = k[:, :, : mask.shape[-1]], v[:, :, : mask.shape[-1]]
-        _, lse = attend(call.q[:, :, start:stop], k, v, mask=mask, causal=causal, scale=call.scale, softcap=call.softcap)
-        return lse if call.sinks is None else torch.logaddexp(lse, call.sinks.to(lse)[:, None])
+        return attend(call.q[:, :, start:stop], k, v, mask=mask, scale=call.scale, softcap=call.softcap)[1]
 
     def _weights(self, start: int, stop: int) -> Tensor:
         """[b, H, stop - start, n] attention of a block of queries, fp32."""
@@ -237,7 +261,7 @@ class OperandServer:
 
     # --- segments ---------------------------------------------------------------------------------------------------------
 
-    def segment_masks(self, segments: list[Segment]) -> Any:
+    def segment_masks(self, segments: Sequence[Segment]) -> Any:
         """A function from a range of queries to the segments' key masks, each broadcastable to [b, H, q, n]."""
         whole = {i: self._whole_segment(s) for i, s in enumerate(segments) if s.kind != "first_token"}
 
@@ -259,7 +283,7 @@ class OperandServer:
 
     def _whole_segment(self, segment: Segment) -> Tensor:
         if segment.kind == "spans":
-            mask = self._columns(self._span_columns())
+            mask = self._span_mask()
         elif segment.kind == "image_tokens":
             mask = self._columns(self._image_columns())
         elif segment.kind == "column_sinks":
@@ -283,10 +307,14 @@ class OperandServer:
         rms = torch.sqrt(x.square().mean(-1) + 1e-6)
         return (x[..., list(dims)].abs().amax(-1) / rms >= threshold) & self._real_queries(0, x.shape[1])
 
+    def _offset(self) -> Any:
+        """Column of this layer's key 0."""
+        rows, layer = self._known(), self.state.cache_layer
+        return rows.offsets.get(layer, 0) if layer is not None and self.state.part != "cross" else 0
+
     def _columns(self, mask: Tensor) -> Tensor:
         """Absolute columns [b, c] or [b, H, c] -> this layer's keys, [b, 1 or H, 1, n]; columns not yet named are False."""
-        call, rows = self.call, self._known()
-        offset = rows.offsets.get(self.state.cache_layer, 0) if self.state.cache_layer is not None else 0
+        call, offset = self.call, self._offset()
         mask = mask.to(call.q.device)
         mask = mask if mask.ndim == 3 else mask[:, None]
         n, b = call.k.shape[2], call.q.shape[0]
@@ -295,27 +323,41 @@ class OperandServer:
             mask = mask.repeat_interleave(b // mask.shape[0], 0)
         return mask[:, :, None]
 
-    def _span_columns(self) -> Tensor:
+    def _span_mask(self) -> Tensor:
+        """[b, 1, 1, n] keys of this layer that lie in a span of their row."""
         rows = self._known()
         spans = rows.known.get("spans")
         if spans is None:
             raise EngineError(
                 f"layer {self.state.name}: operand 'spans' is needed and none were given: with handle.inputs(spans=[...]): ..."
             )
-        b = self.call.q.shape[0]
-        if b % len(spans):
-            raise EngineError(f"inputs(spans=...) has {len(spans)} entries, the batch has {b} rows: give one per row")
+        b, inside = self.call.q.shape[0], spans.inside
+        if not len(inside) or b % len(inside):
+            raise EngineError(f"inputs(spans=...) has {len(inside)} entries, the batch has {b} rows: give one per row")
+        if self.state.part != "cross":
+            self._check_spans(spans.ranges)
         first = self._first()
-        width = max((end for row in spans for _, end in row), default=0)
-        inside = torch.zeros(len(spans), width, dtype=torch.bool)
-        for row, ranges in enumerate(spans):
-            for start, end in ranges:
-                inside[row, start:end] = True
-        inside = inside.repeat_interleave(b // len(spans), 0).to(first.device)
         start = first if first.ndim == 1 else first[:, 0]
-        columns = torch.arange(self.call.k.shape[2] + width, device=first.device)[None] - start[:, None]
-        valid = (columns >= 0) & (columns < width)
-        return torch.gather(inside, 1, columns.clamp(0, max(width - 1, 0))) & valid if width else valid
+        inside = inside.to(first.device).repeat_interleave(b // len(inside), 0)
+        columns = torch.arange(self.call.k.shape[2], device=first.device)[None] + self._offset() - start[:, None]
+        last = inside.shape[1] - 1
+        found = torch.gather(inside, 1, columns.clamp(0, last)) & (columns >= 0) & (columns <= last)
+        return found[:, None, None].to(self.call.q.device)
+
+    def _check_spans(self, spans: list[list[tuple[int, int]]]) -> None:
+        """Refuse spans that end beyond their row's prompt, once per request: they would grow into what is generated."""
+        kept = self._kept()
+        if ("spans",) in kept or torch.compiler.is_compiling():
+            return
+        lengths = self.prompt_len()
+        for row, length in enumerate(lengths[:: len(lengths) // len(spans)].tolist()):
+            end = max((stop for _, stop in spans[row]), default=0)
+            if end > length:
+                raise EngineError(
+                    f"inputs(spans=...): spans[{row}] ends at token {end}, and that row's prompt has {length}. If the prompt comes in "
+                    "chunks, say how long it is with inputs(prompt_len=...)"
+                )
+        kept["spans",] = lengths
 
     def _image_columns(self) -> Tensor:
         rows = self._known()
@@ -324,12 +366,20 @@ class OperandServer:
             raise EngineError(f"layer {self.state.name}: operand 'image_tokens': the model's config names no image token")
         ids = rows.input_ids if rows.input_ids is not None else rows.known.get("input_ids")
 
-        def find() -> Tensor:
+        if rows.images is None:
             if ids is None:
                 raise EngineError(f"layer {self.state.name}: operand 'image_tokens' needs input_ids in the call")
-            return ids == token
-
-        return self.frozen(("image_tokens",), find)
+            kept, here = self._kept(), ids == token
+            before = kept.get(("image_tokens",))
+            past = int(rows.past)
+            if before is not None and past:
+                here = torch.cat([nn.functional.pad(before, (0, past - before.shape[1])), here], 1)
+            elif past:
+                raise EngineError(
+                    f"layer {self.state.name}: operand 'image_tokens': the prompt came in before this call; start with an empty cache"
+                )
+            rows.images = kept["image_tokens",] = here
+        return rows.images
 
 
 def output_projection(module: nn.Module, num_heads: int, name: str) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from headpatch.methods.base import ORDER, MassMethod, Method, OutputMethod
+from headpatch.operands import Segment
 
 __all__ = ["Edit", "LayerPlan"]
 
@@ -57,6 +58,13 @@ class LayerPlan:
         does it all. None otherwise.
     scale
         [H] product of all constant output factors, where no other output edit is there. None otherwise.
+    trainable, needs, edits_masses
+        Whether a strength has gradients; operands that any edit needs; whether there is a mass or scores edit. Worked out once,
+        because a decoding step asks in every layer.
+    segments, owned
+        Distinct segments that the mass and scores edits name, and each such edit's places among them.
+    bias
+        Buffer of :meth:`first_bias`.
     """
 
     num_heads: int
@@ -65,6 +73,10 @@ class LayerPlan:
     scale: Tensor | None = None
     trainable: bool = False
     needs: frozenset[str] = frozenset()
+    edits_masses: bool = False
+    segments: tuple[Segment, ...] = ()
+    owned: tuple[tuple[int, ...], ...] = ()
+    bias: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def build(cls, num_heads: int, edits: Sequence[Edit]) -> LayerPlan:
@@ -74,7 +86,11 @@ class LayerPlan:
         plan = cls(
             num_heads, ordered, trainable=any(e.strength.requires_grad for e in ordered),
             needs=frozenset(name for e in ordered for name in e.method.operands()),
+            edits_masses=any(e.method.family in ("mass", "scores") for e in ordered),
         )  # fmt: skip
+        named = [e.method.segments() for e in plan.family("mass", "scores")]
+        plan.segments = tuple(dict.fromkeys(s for of_edit in named for s in of_edit))
+        plan.owned = tuple(tuple(plan.segments.index(s) for s in of_edit) for of_edit in named)
         if not plan.trainable:
             plan.first_weight, plan.scale = plan.constants()
         return plan
@@ -90,6 +106,15 @@ class LayerPlan:
             isinstance(e.method, MassMethod) and e.method.is_constant and _is_first(e.method)
             for e in self.family("mass", "scores")
         )
+
+    def first_bias(self, keys: int, weight: Tensor) -> Tensor:
+        """[1, H, 1, keys] log weight at key 0, zero elsewhere: a view of a buffer that grows by doubling. Eager calls only."""
+        if self.bias is None or self.bias.shape[-1] < keys or self.bias.dtype != weight.dtype:
+            room = max(256, 1 << (keys - 1).bit_length())
+            self.bias = torch.zeros(1, self.num_heads, 1, room, dtype=weight.dtype, device=weight.device)
+            # finfo.min and not -inf for weight 0: the kernel adds it to a score.
+            self.bias[0, :, 0, 0] = weight.log().clamp_min(torch.finfo(weight.dtype).min)
+        return self.bias[..., :keys]
 
     def constants(self) -> tuple[Tensor | None, Tensor | None]:
         """(first_weight, scale) from the strengths as they are now, differentiable."""

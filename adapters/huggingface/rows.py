@@ -54,6 +54,12 @@ class Rows:
         The cache object of this call, or None.
     layer_inputs
         Residual stream that entered each layer, by layer, for layers whose patches asked for it.
+    known
+        What ``inputs()`` gave for this call.
+    derived
+        State derived from the prompt in a call that was given no cache; it goes into the cache that the call makes.
+    images
+        [b, columns so far] bool, image tokens of this call and those before; for layers whose patches asked for it.
     wants_weights
         Whether attention matrices were asked for, in the call or in the config.
     """
@@ -69,6 +75,8 @@ class Rows:
     cache: Any = None
     layer_inputs: dict[int, Tensor] = field(default_factory=dict)
     known: dict[str, Any] = field(default_factory=dict)
+    derived: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    images: Tensor | None = None
     wants_weights: bool = False
 
 
@@ -117,7 +125,8 @@ class StackHooks:
         positions = given.get("position_ids")
         rows.position_ids = positions if isinstance(positions, Tensor) and positions.ndim == 2 else None
         if cache is not None and hasattr(cache, "get_query_offset"):
-            rows.past = cache.get_query_offset()
+            past = cache.get_query_offset()
+            rows.past = past.clone() if isinstance(past, Tensor) else past  # static layers count on in place
             held = getattr(cache, "self_attention_cache", cache)
             rows.offsets = {
                 i: layer.get_mask_sizes(rows.length)[1]
@@ -136,7 +145,7 @@ class StackHooks:
             self.traced = rows
         else:
             self.by_thread[threading.get_ident()] = rows
-        if getattr(module, "is_gradient_checkpointing", False) and module.training and self.takes_extra:
+        if module.training and self.takes_extra and getattr(module, "is_gradient_checkpointing", False):
             # The backward pass runs layers again after this call is over; only what is passed as an argument comes back then.
             return args, {**kwargs, "headpatch_rows": rows}
         return None
@@ -144,8 +153,11 @@ class StackHooks:
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Mark a cache that the call made, and forget the call."""
         cache = getattr(output, "past_key_values", None)
+        rows = self.current()
         if cache is not None and hasattr(cache, "get_seq_length"):
             self.controller.mark(cache)
+            if rows is not None and rows.derived:
+                cache.__dict__.setdefault("headpatch_state", {}).update(rows.derived)
         if torch.compiler.is_compiling():
             self.traced = None
         else:

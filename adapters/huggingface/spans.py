@@ -1,13 +1,38 @@
-"""Spans that a caller gives per row, as token ranges of that row's unpadded prompt."""
+"""What a caller gives per row: spans, as token ranges of that row's unpadded prompt, and numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from headpatch.errors import HeadpatchError
 
-__all__ = ["token_spans"]
+__all__ = ["Spans", "row_numbers", "token_spans"]
+
+LONGEST = 1 << 24
+"""No prompt is longer; a span that ends beyond is a mistake, and must not cost memory."""
+
+
+@dataclass
+class Spans:
+    """Spans of one call: `ranges` per row, and [rows, width] bool that says which of a row's tokens lie in one."""
+
+    ranges: list[list[tuple[int, int]]]
+    inside: Tensor = field(repr=False)
+
+    @classmethod
+    def of(cls, ranges: list[list[tuple[int, int]]]) -> Spans:
+        """The table of these ranges; its width is rounded up, so that compiled models see few of them."""
+        widest = max((stop for row in ranges for _, stop in row), default=1)
+        inside = torch.zeros(len(ranges), -(-widest // 128) * 128, dtype=torch.bool)
+        for row, found in enumerate(ranges):
+            for start, stop in found:
+                inside[row, start:stop] = True
+        return cls(ranges, inside)
 
 
 def token_spans(
@@ -50,6 +75,18 @@ def token_spans(
     return rows
 
 
+def row_numbers(name: str, values: Any, least: int, or_none: bool = False) -> list[Any]:
+    """One whole number per row, at least `least`, or None where that may be. Raises HeadpatchError that names the row."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+        raise HeadpatchError(f"{name}: give a list with one number per row of the batch, as in [12, 7]")
+    for row, value in enumerate(values):
+        if not ((value is None and or_none) or (isinstance(value, int) and not isinstance(value, bool) and value >= least)):
+            wanted = f"a whole number, at least {least}" + (", or None" if or_none else "")
+            raise HeadpatchError(f"{name}[{row}] is {value!r}; give {wanted}")
+    return list(values)
+
+
 def _kind(where: str, span: Any) -> tuple[str, Any]:
     if isinstance(span, str):
         if not span:
@@ -72,6 +109,8 @@ def _range(where: str, value: Any) -> tuple[int, int]:
     )
     if not good or not 0 <= value[0] < value[1]:
         raise HeadpatchError(f"{where}: {value!r} is no range; give (start, stop) with 0 <= start < stop")
+    if value[1] > LONGEST:
+        raise HeadpatchError(f"{where}: ends beyond every prompt; give (start, stop) within the row's prompt")
     return int(value[0]), int(value[1])
 
 

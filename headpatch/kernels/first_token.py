@@ -40,7 +40,15 @@ if TYPE_CHECKING:
 
 __all__ = ["merge_first_token", "merge_first_token_paged", "triton_available"]
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # somebody's placeholder module, without a spec
+        return False
+
+
+_HAS_TRITON = _installed("triton")
 _KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 # AOT autograd's cache does not look into lazily imported kernels; an argument that follows their source makes it notice changes.
 _SOURCE = zlib.crc32(Path(__file__).with_name("_triton.py").read_bytes())
@@ -119,7 +127,7 @@ def merge_first_token(
             q, k, v, o, lse, gamma, head_scale, first, mask, sink, scale, complement, kv_offset, window, start, softcap, inplace,
         )  # fmt: skip
     if torch.compiler.is_compiling():
-        args = (q, k, v, o, lse, gamma, head_scale, first, mask, sink)
+        args = (q, k, v, o, lse, gamma, head_scale, first, _narrow(mask), sink)
         numbers = (scale, complement, kv_offset, window, start, softcap, _SOURCE)
         if inplace:
             torch.ops.headpatch.merge_first_token_(*args, *numbers)
@@ -199,6 +207,14 @@ def merge_first_token_paged(
 
 
 # --- launching ----------------------------------------------------------------------------------------------------------
+
+
+def _narrow(mask: Tensor | None) -> Tensor | None:
+    """A mask without its expanded dimensions: a compiler might lay them out in full."""
+    for dim in range(3 if mask is not None else 0):
+        if mask.stride(dim) == 0 and mask.shape[dim] > 1:
+            mask = mask.narrow(dim, 0, 1)
+    return mask
 
 
 @functools.cache
@@ -304,10 +320,10 @@ def _outer(cache: Tensor) -> tuple[int, int, int]:
 
 
 # --- what torch.compile sees --------------------------------------------------------------------------------------------
-# triton_op: traced through, so that Inductor launches the kernel itself. `source` only enters cache keys.
+# triton_op: traced through, so that Inductor launches the kernel itself. `source` only enters cache keys. Registered on GPU builds
+# only: registration imports Triton, and logs a warning where there is none.
 
 
-@torch.library.triton_op("headpatch::merge_first_token", mutates_args=())
 def _op(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, gamma: Tensor, head_scale: Tensor | None, first: Tensor | None,
     mask: Tensor | None, sink: Tensor | None, scale: float, complement: bool, kv_offset: int, window: int, q_start: int,
@@ -321,7 +337,6 @@ def _op(
     return out
 
 
-@torch.library.triton_op("headpatch::merge_first_token_", mutates_args=("o",))
 def _op_inplace(
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, gamma: Tensor, head_scale: Tensor | None, first: Tensor | None,
     mask: Tensor | None, sink: Tensor | None, scale: float, complement: bool, kv_offset: int, window: int, q_start: int,
@@ -333,7 +348,6 @@ def _op_inplace(
     )  # fmt: skip
 
 
-@torch.library.triton_op("headpatch::merge_first_token_paged_", mutates_args=("out",))
 def _op_paged(
     q: Tensor, key_cache: Tensor, value_cache: Tensor, o: Tensor | None, lse: Tensor, out: Tensor, block_table: Tensor,
     query_start_loc: Tensor, seq_lens: Tensor, gamma: Tensor, head_scale: Tensor | None, block_slot: Tensor | None,
@@ -345,3 +359,9 @@ def _op_paged(
         query_start_loc, seq_lens, gamma, head_scale, block_slot, row_slot, sink, k_scale, v_scale, scale, complement,
         block_ratio, window, softcap, o is None,
     )  # fmt: skip
+
+
+if _HAS_TRITON and (torch.version.cuda or torch.version.hip):
+    torch.library.triton_op("headpatch::merge_first_token", _op, mutates_args=())
+    torch.library.triton_op("headpatch::merge_first_token_", _op_inplace, mutates_args=("o",))
+    torch.library.triton_op("headpatch::merge_first_token_paged_", _op_paged, mutates_args=("out",))

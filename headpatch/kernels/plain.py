@@ -64,6 +64,14 @@ def merge_dense(
     b, H, lq, _ = q.shape
     shift = lq - o.shape[2]
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if (
+        lq == 1
+        and complement
+        and k.shape[2] > 1
+        and first is mask is sink is None
+        and not (kv_offset or window or inplace)
+    ):
+        return _one_query(q.to(work), k, v, o, lse.to(work), gamma.to(work), head_scale, scale, softcap)
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, o, lse, gamma))
     whole = grad or torch.compiler.is_compiling()
     size = lq if whole else max(1, SLICE // (b * H * q.shape[3]))
@@ -111,6 +119,27 @@ def merge_dense(
         o.copy_(result.transpose(1, 2))
         return o.transpose(1, 2)
     return result.contiguous()
+
+
+def _one_query(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    gamma: Tensor,
+    head_scale: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Complement mode for a decoding step without a mask, in as few operations as there can be: each costs every layer its launch."""
+    (b, H, _, d), K = q.shape, k.shape[1]
+    s = torch.matmul(q.view(b, K, H // K, d), k[:, :, :1].to(q.dtype).transpose(2, 3)).view(b, H, 1)
+    w = torch.sigmoid(torch.sub(torch.add(gamma.log().view(1, H, 1), cap(s * scale, softcap)), lse)).unsqueeze(-1)
+    out = torch.lerp(o.to(q.dtype), _per_query_head(v[:, :, :1].to(q.dtype), H), w)
+    if head_scale is not None:
+        out = out * head_scale.to(q.dtype).view(1, H, 1, 1)
+    return out.to(o.dtype).view(b, 1, H, o.shape[3])
 
 
 def _first_token(

@@ -1,0 +1,91 @@
+"""The first-token kernel on a GPU: torch.compile, CUDA graphs, full sizes, no synchronisation."""
+
+import pytest
+import torch
+from kernel_cases import needs_gpu
+
+from headpatch.kernels.first_token import merge_first_token
+
+pytestmark = [pytest.mark.gpu, needs_gpu]
+
+
+def cuda_case(lq=64, lk=64, d=128, dtype=torch.bfloat16):
+    gen = torch.Generator(device="cuda").manual_seed(0)
+    q, o = (torch.randn(2, 32, lq, d, device="cuda", dtype=dtype, generator=gen) for _ in range(2))
+    k, v = (torch.randn(2, 8, lk, d, device="cuda", dtype=dtype, generator=gen) for _ in range(2))
+    lse = torch.randn(2, 32, lq, device="cuda", generator=gen)
+    gamma = torch.rand(32, device="cuda", generator=gen) * 3
+    return q, k, v, o, lse, gamma
+
+
+@pytest.mark.parametrize("complement", [True, False])
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiles_whole_on_the_gpu(complement, inplace, mode):
+    """One graph, the same numbers, and the kernel inlined rather than called as an opaque op."""
+
+    def f(q, k, v, o, lse, gamma):
+        y = merge_first_token(q, k, v, o + 0, lse, gamma, scale=0.1, complement=complement, inplace=inplace)
+        return y * 1.0
+
+    compiled = torch.compile(f, fullgraph=True, mode=mode)
+    for lq in (1, 64):
+        args = cuda_case(lq)
+        for _ in range(4):
+            got = compiled(*args).clone()
+        torch.testing.assert_close(got, f(*args), rtol=0, atol=0)
+    torch._dynamo.reset()
+
+
+def test_compiled_graph_launches_the_kernel_itself():
+    from torch._inductor.utils import run_and_get_code
+
+    def f(q, k, v, o, lse, gamma):
+        return merge_first_token(q, k, v, o, lse, gamma, scale=0.1, complement=True)
+
+    args = cuda_case(64)
+    _, code = run_and_get_code(torch.compile(f, fullgraph=True), *args)
+    text = "\n".join(code)
+    assert "def dense" in text
+    assert "torch.ops.headpatch" not in text
+    torch._dynamo.reset()
+
+
+def test_cuda_graph_follows_its_tables():
+    """Captured once; new strengths written into the same table take effect on replay, without a synchronisation."""
+    q, k, v, o, lse, gamma = cuda_case(1)
+
+    def f():
+        return merge_first_token(q, k, v, o, lse, gamma, scale=0.1, complement=True)
+
+    f()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = f()
+    for value in (0.0, 1.0, 7.0):
+        gamma.fill_(value)
+        graph.replay()
+        torch.testing.assert_close(y, f(), rtol=0, atol=0)
+
+
+def test_triton_equals_plain_torch_at_full_size():
+    for lq, lk in ((4096, 4096), (1, 16384)):
+        args = cuda_case(lq, lk)
+        for complement in (True, False):
+            got, want = (
+                merge_first_token(*args, scale=128**-0.5, complement=complement, backend=b)
+                for b in ("triton", "torch")
+            )
+            torch.testing.assert_close(got, want, rtol=1.6e-2, atol=1e-2)
+
+
+def test_no_synchronisation():
+    args = cuda_case(16)
+    merge_first_token(*args, scale=0.1, complement=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        merge_first_token(*args, scale=0.1, complement=True)
+        merge_first_token(*args, scale=0.1, complement=False, inplace=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
