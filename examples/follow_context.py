@@ -100,10 +100,10 @@ def answered(model: Any, tokenizer: Any, asked: list[tuple[str, str, str, str]])
     """Greedy answers, 20 tokens: how many name the stated capital only, the remembered one only, or neither or both."""
     batch = chat(tokenizer, [q[0] for q in asked])
     out = model.generate(**batch, max_new_tokens=20, do_sample=False)[:, batch.input_ids.shape[1] :]
-    count = {"stated": 0, "remembered": 0, "neither": 0}
+    count = {"from_text": 0, "from_memory": 0, "other": 0}
     for (_, _, stated, remembered), text in zip(asked, tokenizer.batch_decode(out), strict=True):
         found = (stated in text, remembered in text)
-        count["stated" if found == (True, False) else "remembered" if found == (False, True) else "neither"] += 1
+        count["from_text" if found == (True, False) else "from_memory" if found == (False, True) else "other"] += 1
     return count
 
 

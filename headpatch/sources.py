@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.resources
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from headpatch.show import kind_of, short
 
 __all__ = ["list_recipes", "load_recipe"]
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*/[a-z0-9][a-z0-9._-]*", re.ASCII)
 _SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -53,7 +51,8 @@ def load_recipe(source: Recipe | Mapping[str, Any] | str | os.PathLike[str]) -> 
 
         data, folder = hub.fetch(text)
         return Recipe.from_dict(data, source=text, folder=folder)
-    shipped = _shipped_file(text) if isinstance(source, str) else None
+    # Looked up among what is there, never joined to a path: a name cannot lead elsewhere.
+    shipped = _shipped_files().get(text) if isinstance(source, str) else None
     if shipped is not None:
         return _from_file(shipped, text)
     if isinstance(source, str) and not _is_path(text):
@@ -91,11 +90,6 @@ def _shipped_files() -> dict[str, Path]:
     """Files of the shipped recipes by name; one folder per model."""
     files = sorted(_shipped_folder().glob("*/*.yaml"))
     return {f"{path.parent.name}/{path.stem}": path for path in files}
-
-
-def _shipped_file(name: str) -> Path | None:
-    # Looked up among what is there, never joined to a path: a name cannot lead elsewhere.
-    return _shipped_files().get(name) if _NAME.fullmatch(name) else None
 
 
 def _description(path: Path) -> str:

@@ -7,11 +7,26 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from zoo import BOS, IMAGE, PAD
 
-__all__ = ["A", "B", "C", "RECIPES", "fingerprint", "ids", "left_padded", "logits", "new_tokens", "quiet_transformers", "recipe"]
+__all__ = [
+    "RECIPES",
+    "A",
+    "B",
+    "C",
+    "fingerprint",
+    "ids",
+    "left_padded",
+    "logits",
+    "new_tokens",
+    "one_thread",
+    "quiet_transformers",
+    "recipe",
+    "silent",
+]  # fmt: skip
 
 
 def recipe(method: str, heads: Any, **more: Any) -> dict[str, Any]:
@@ -99,3 +114,19 @@ def quiet_transformers(*allowed: str) -> Iterator[None]:
         logger.removeHandler(collect)
     loud = [line for line in collect.lines if not any(a in line for a in allowed)]
     assert not loud, loud
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny models are fastest on one thread. Acts in the files that import it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def silent(request: pytest.FixtureRequest) -> Iterator[None]:
+    """transformers has nothing to warn about. (Its own call of an assistant makes it complain of itself.)"""
+    with quiet_transformers(*(["Passing `generation_config` together with"] if "assist" in request.node.name else [])):
+        yield

@@ -126,7 +126,7 @@ class Paged:
     """Rows of several lengths in a block cache with slots; the naive answer is computed row by row."""
 
     def __init__(
-        self, seed=0, rows=((5, 9), (1, 4), (0, 0), (3, 3), (1, 17), (2, 40)), H=6, K=2, d=16, dtype=torch.float32,
+        self, seed=0, rows=((5, 9), (1, 4), (2, 0), (0, 0), (3, 3), (1, 17), (2, 40)), H=6, K=2, d=16, dtype=torch.float32,
         padding=3, slots=3, window=0, layout="nkbd",
     ):  # fmt: skip
         gen = torch.Generator().manual_seed(seed)
@@ -171,6 +171,10 @@ class Paged:
         t = 0
         for r, (n, length) in enumerate(self.rows):
             for i in range(n):
+                if not length:  # a padding row of a captured graph: whatever its tokens hold stays
+                    lse[:, t] = 0.5
+                    t += 1
+                    continue
                 pos = length - n + i
                 low = max(0, pos - self.window + 1) if self.window else 0
                 s, v = [], []

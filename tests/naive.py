@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from compat import ids
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
-from zoo import Entry
+from zoo import ZOO, Entry
 
+import headpatch
 from headpatch import registry, schema
 from headpatch.methods.base import MassMethod, OutputMethod, ScoresMethod, param, strength
 
-__all__ = ["Call", "Naive", "define", "field", "of", "patch", "registered", "union"]
+__all__ = ["Call", "Looking", "Naive", "define", "field", "of", "patch", "registered", "steps", "union"]
 
 NAME = "naive_tapped"
 
@@ -176,3 +178,38 @@ def union(ranges: Sequence[tuple[int, int]], n: int, first: int = 0) -> Tensor:
     for start, stop in ranges:
         found[first + start : first + stop] = True
     return found
+
+
+class Looking:
+    """A model with a method on it that keeps what it is given: ``seen`` has one dict per call of the method."""
+
+    def __init__(self, *needs: str, entry: str = "llama", heads: Any = None, model: Any = None, **fields: Any) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+        def edit(method: Any, output: Tensor, strength: Tensor, operands: Any) -> Tensor:
+            self.seen.append({**operands, "output": output, "strength": strength})
+            return output
+
+        given = {name: (type(value), field(value)) for name, value in fields.items()}
+        self.method = define("output", "looking", needs=needs, edit=edit, fields=given)
+        self.model = ZOO[entry].build(torch.float64) if model is None else model
+        self.heads = heads or {"*.*": 2.0}
+
+    def __enter__(self) -> Looking:
+        self.known = registered(self.method)
+        self.known.__enter__()
+        self.handle = headpatch.apply(self.model, of(patch(self.method, self.heads)))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.handle.remove()
+        self.known.__exit__(*error)
+
+
+def steps(batch: dict[str, Tensor], cache: Any, extra: int = 4) -> Iterator[dict[str, Any]]:
+    """A prompt and then token by token, through one cache."""
+    mask = batch["attention_mask"]
+    yield {**batch, "past_key_values": cache}
+    for i in range(extra):
+        mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=mask.dtype)], 1)
+        yield {"input_ids": ids(len(mask), 1, i), "attention_mask": mask, "past_key_values": cache}

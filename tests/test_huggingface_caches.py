@@ -1,4 +1,4 @@
-"""Caches, generation and memory of patched transformers models: what may be reused, what is refused, what is never built."""
+"""Caches and memory of patched transformers models: what may be reused, what is refused, what is never built."""
 
 from __future__ import annotations
 
@@ -10,121 +10,24 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from compat import A, B, C, fingerprint, ids, left_padded, logits, new_tokens, quiet_transformers, recipe
+from compat import A, B, fingerprint, ids, left_padded, logits, new_tokens, one_thread, recipe, silent
 from naive import define, of, patch, registered
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
-from zoo import BOS, PAD, WINDOW, ZOO
+from zoo import BOS, PAD, ZOO
 
 import headpatch
 from headpatch import EngineError
 from headpatch.operands import Segment, first_token
 
+__all__ = ["one_thread", "silent"]
 pytestmark = pytest.mark.filterwarnings("error")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models are fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def silent(request):
-    """transformers has nothing to warn about. (Its own call of an assistant makes it complain of itself.)"""
-    with quiet_transformers(*(["Passing `generation_config` together with"] if "assist" in request.node.name else [])):
-        yield
 
 
 @pytest.fixture
 def model() -> Any:
     return ZOO["llama"].build()
-
-
-# ----------------------------------------------------------------------------------------------------------- generation
-
-
-@pytest.mark.parametrize("entry", ["llama", "mistral", "gpt2"])
-def test_beams(entry):
-    """Each row's beams are those of the row alone, patched; static and dynamic caches agree."""
-    model, batch = ZOO[entry].build(), left_padded((9, 6, 2))
-    plain = new_tokens(model, batch, num_beams=3)
-    headpatch.apply(model, A)
-    headpatch.apply(model, B)
-    found = new_tokens(model, batch, num_beams=3)
-    assert not torch.equal(found, plain)
-    assert torch.equal(new_tokens(model, batch, num_beams=3, cache_implementation="static"), found)
-    for row, length in enumerate((9, 6, 2)):
-        alone = {k: v[row : row + 1, 9 - length :] for k, v in batch.items()}
-        assert torch.equal(new_tokens(model, alone, num_beams=3), found[row : row + 1])
-
-
-@pytest.mark.parametrize("assistant", ["plain", "patched", "same", "lookup"])
-@pytest.mark.parametrize("entry", ["llama", "mistral"])
-def test_assisted_decoding(entry, assistant):
-    """Candidates may come from anywhere: tokens are those of greedy decoding of the patched model."""
-    model, prompt = ZOO[entry].build(), ids(1, 6)
-    prompt[0, 3:] = prompt[0, :3]  # something to look up
-    plain = new_tokens(model, prompt, 14)
-    headpatch.apply(model, A)
-    headpatch.apply(model, B)
-    greedy = new_tokens(model, prompt, 14)
-    assert not torch.equal(greedy, plain)
-    helper = model if assistant == "same" else ZOO[entry].build()
-    if assistant == "patched":
-        headpatch.apply(helper, C)
-    more = {"prompt_lookup_num_tokens": 3} if assistant == "lookup" else {"assistant_model": helper}
-    assert torch.equal(new_tokens(model, prompt, 14, **more), greedy)
-    assert torch.equal(new_tokens(model, prompt, 14), greedy)
-
-
-@pytest.mark.parametrize("entry", ["llama", "mistral"])
-def test_assisting_a_plain_model_with_a_patched_one(entry):
-    model, helper, prompt = ZOO[entry].build(), ZOO[entry].build(), ids(1, 6)
-    headpatch.apply(helper, A)
-    assert torch.equal(new_tokens(model, prompt, 12, assistant_model=helper), new_tokens(model, prompt, 12))
-
-
-@pytest.mark.parametrize("entry", ["llama", "mistral"])
-def test_continuous_batching(entry):
-    """generate_batch packs requests into one row; each comes out as alone, through a window that moves past the first token."""
-    model = ZOO[entry].build()
-    prompts = [ids(1, n, seed=n)[0].tolist() for n in (3, 11, 1, 7, 2 * WINDOW + 3)]
-    config = transformers.GenerationConfig(max_new_tokens=2 * WINDOW, do_sample=False, eos_token_id=-1, pad_token_id=PAD)
-    # Left to itself, the paged cache takes all memory there is.
-    pages = transformers.ContinuousBatchingConfig(page_size=16, num_blocks=24, max_batch_tokens=64)
-
-    def alone() -> list[list[int]]:
-        return [new_tokens(model, torch.tensor([p]), 2 * WINDOW)[0].tolist() for p in prompts]
-
-    def packed() -> list[list[int]]:
-        found = model.generate_batch(
-            inputs=prompts, generation_config=config, continuous_batching_config=pages, progress_bar=False
-        )
-        return [found[key].generated_tokens for key in sorted(found, key=lambda name: int(name.rsplit("_", 1)[-1]))]
-
-    plain = alone()
-    assert packed() == plain
-    handles = [headpatch.apply(model, r) for r in (A, B)]
-    patched = alone()
-    assert patched != plain
-    assert packed() == patched
-    assert handles[0].report().fires
-    for handle in handles:
-        handle.remove()
-    assert packed() == plain
-
-
-def test_chunked_prefill(model):
-    batch = left_padded((13, 8, 2))
-    headpatch.apply(model, A)
-    expected = new_tokens(model, batch)
-    for size in (1, 4, 13, 20):
-        assert torch.equal(new_tokens(model, batch, prefill_chunk_size=size), expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------- caches
@@ -184,7 +87,7 @@ def test_a_cache_of_another_recipe_is_refused(model, kind, first, then, twin):
     before = fingerprint(model)
     length = int(cache.get_seq_length())
     for _ in range(2):
-        with pytest.raises(EngineError, match="this cache was filled under .*empty cache"):
+        with pytest.raises(EngineError, match=r"this cache was filled under .*empty cache"):
             logits(model, ids(2, 1), past_key_values=cache)
         assert int(cache.get_seq_length()) == length
     assert fingerprint(model) == before
@@ -203,9 +106,7 @@ def test_a_cache_that_fits_again_is_taken_again(model):
         logits(model, past_key_values=cache)
     with headpatch.applied(model, B), pytest.raises(EngineError, match="filled under another recipe"):
         logits(model, ids(2, 1), past_key_values=one)
-    assert torch.equal(
-        logits(model, ids(2, 1), past_key_values=one), logits(model, ids(2, 1), past_key_values=other)
-    )
+    assert torch.equal(logits(model, ids(2, 1), past_key_values=one), logits(model, ids(2, 1), past_key_values=other))
 
 
 def test_a_recipe_of_identities_shares_caches_with_the_plain_model(model):
@@ -280,7 +181,9 @@ def test_a_recipe_that_depends_on_the_prompt_refuses_a_second_turn(model):
     headpatch.apply(model, recipe("head_scaling", {"0.*": -1.0}, positions="decode"))
     cache, text = DynamicCache(), ids(1, 5)
     longer = model.generate(text, past_key_values=cache, max_new_tokens=3, do_sample=False)
-    with pytest.raises(EngineError, match="depend on the whole prompt cannot continue on a cache from an earlier turn"):
+    with pytest.raises(
+        EngineError, match="depend on the whole prompt cannot continue on a cache from an earlier turn"
+    ):
         model.generate(torch.cat([longer, ids(1, 3)], 1), past_key_values=cache, max_new_tokens=3, do_sample=False)
 
 
@@ -334,9 +237,15 @@ def test_nothing_of_the_size_queries_times_keys_is_built(padded, what):
         headpatch.apply(model, recipe("zerotuning", ["*.*"], gamma=3.0))
         if what == "stacked":
             headpatch.apply(model, recipe("head_scaling", ["*.*"], scale=0.5, positions="decode"))
-    halve = define("mass", "halving", segments=lambda self: (first_token, Segment("column_sinks", (("threshold", 0.01),))),
-                   reshare=lambda self, shares, s, ops: torch.cat([shares[:1] / 2, shares[1:-1], shares[-1:] + shares[:1] / 2]))
-    shift = define("scores", "shifting", segments=lambda self: (first_token,), transform=lambda self, scores, s, ops: scores + 1)
+    halve = define(
+        "mass",
+        "halving",
+        segments=lambda self: (first_token, Segment("column_sinks", (("threshold", 0.01),))),
+        reshare=lambda self, shares, s, ops: torch.cat([shares[:1] / 2, shares[1:-1], shares[-1:] + shares[:1] / 2]),
+    )
+    shift = define(
+        "scores", "shifting", segments=lambda self: (first_token,), transform=lambda self, scores, s, ops: scores + 1
+    )
     with registered(halve, shift):
         if what in ("cells", "scores"):
             headpatch.apply(model, of(patch(halve if what == "cells" else shift, {"*.*": 2.0})))

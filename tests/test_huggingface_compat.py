@@ -10,37 +10,23 @@ import json
 import pickle
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from compat import A, B, C, RECIPES, fingerprint, ids, left_padded, logits, new_tokens, quiet_transformers, recipe
+from compat import RECIPES, A, B, C, fingerprint, ids, left_padded, logits, new_tokens, one_thread, recipe, silent
+from naive import define, of, patch, registered
 from torch import Tensor
-from zoo import BOS, PAD, ZOO
+from zoo import ZOO
 
 import headpatch
-from headpatch import EngineError, HeadpatchError, UnsupportedModelError
+from headpatch import HeadpatchError
+from headpatch.operands import Segment
 
+__all__ = ["one_thread", "silent"]
 pytestmark = pytest.mark.filterwarnings("error")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models are fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def silent():
-    """transformers has nothing to warn about."""
-    with quiet_transformers():
-        yield
 
 
 @pytest.fixture
@@ -98,6 +84,30 @@ def test_one_recipe_twice_acts_twice_and_comes_off_once(model):
     assert torch.equal(logits(model), once)
 
 
+def test_a_handle_that_is_off_means_no_other_recipe(model):
+    """Removed twice, with another recipe on by then: that one stays."""
+    first = headpatch.apply(model, A)
+    first.remove()
+    second = headpatch.apply(model, A)
+    patched = logits(model)
+    assert not first.active and second.active and first != second
+    first.remove()
+    with pytest.raises(HeadpatchError, match="was removed from its model"):
+        first.report()
+    assert second.active and torch.equal(logits(model), patched)
+    twin = copy.deepcopy(model)
+    second.remove()
+    assert len(headpatch.handles(twin)) == 1 and torch.equal(logits(twin), patched)
+
+
+def test_handles_are_equal_if_they_mean_the_same(model):
+    one, two = headpatch.apply(model, A), headpatch.apply(model, A)
+    assert headpatch.handles(model) == [one, two] and one in headpatch.handles(model)
+    assert len({one, two, *headpatch.handles(model)}) == 2
+    twin = copy.deepcopy(model)
+    assert one not in headpatch.handles(twin) and len(headpatch.handles(twin)) == 2
+
+
 def test_applied_takes_the_patch_off_however_the_block_ends(model):
     plain, before = logits(model), fingerprint(model)
     with pytest.raises(KeyError), headpatch.applied(model, A):
@@ -146,7 +156,9 @@ def _by_torch_save(model: Any) -> Any:
     return torch.load(buffer, weights_only=False)  # noqa: TID251  (a whole model, which users do too)
 
 
-COPIES = pytest.mark.parametrize("duplicate", [copy.deepcopy, _by_pickle, _by_torch_save], ids=["deepcopy", "pickle", "torch_save"])
+COPIES = pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, _by_pickle, _by_torch_save], ids=["deepcopy", "pickle", "torch_save"]
+)
 
 
 @COPIES
@@ -172,6 +184,38 @@ def test_a_copy_of_a_patched_model_is_patched_on_its_own(model, duplicate):
     third.remove()
     assert not [n for n, m in twin.named_modules() if any("headpatch" in key for key in m.__dict__)]
     assert torch.equal(logits(twin, left_padded()), plain)
+
+
+@COPIES
+def test_a_copy_has_hooks_of_its_own(model, duplicate):
+    """Hooks that some operands need (the prompt's end, the residual stream) are copied with the model, and act for the copy."""
+    plain = logits(model)
+    method = define(
+        "mass",
+        "residual_damping",
+        constant=True,
+        segments=lambda self: (Segment("residual_sinks", (("dims", (0, 5)), ("threshold", 1.5))),),
+        weights=lambda self, s: s[:, None],
+    )
+    recipes = [recipe("head_scaling", {"0.*": -1.0}, positions="decode")]
+    with registered(method):
+        if duplicate is copy.deepcopy:  # a method that was made in a function cannot be pickled
+            recipes.append(of(patch(method, {"*.1": 6.0})))
+        for one in recipes:
+            headpatch.apply(model, one)
+        tokens = new_tokens(model, left_padded())
+        twin = duplicate(model)
+        for handle in headpatch.handles(model):
+            handle.remove()
+        assert torch.equal(logits(model), plain)
+        del model
+        gc.collect()
+        assert torch.equal(new_tokens(twin, left_padded()), tokens)
+        for handle in headpatch.handles(twin):
+            handle.remove()
+        assert torch.equal(logits(twin), plain) and "_prefill" not in twin.__dict__
+        assert fingerprint(twin).keys() == fingerprint(ZOO["llama"].build()).keys()
+        assert not any(m._forward_pre_hooks or m._forward_hooks for m in twin.modules())
 
 
 @COPIES

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from compat import A, B, C, fingerprint, ids, left_padded, logits, new_tokens, quiet_transformers, recipe
+from compat import A, B, C, ids, left_padded, logits, new_tokens, one_thread, quiet_transformers, recipe
 from naive import define, of, patch, registered
 from torch import Tensor
 from transformers import StaticCache
@@ -20,19 +20,11 @@ from zoo import ZOO
 import headpatch
 from headpatch.operands import Segment, first_token
 
+__all__ = ["one_thread"]
 pytestmark = [
     pytest.mark.filterwarnings("error"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),  # inductor imports it
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models are fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -67,9 +59,7 @@ def compiled(model: Any, graphs: Graphs, dynamic: bool | None = False) -> Any:
     return torch.compile(model, fullgraph=True, backend=graphs, dynamic=dynamic)
 
 
-@pytest.mark.parametrize(
-    ("entry", "padded"), [("llama", False), ("llama", True), ("mistral", True), ("gemma2", True), ("gpt2", False)]
-)
+@pytest.mark.parametrize(("entry", "padded"), [("llama", False), ("mistral", True), ("gpt2", False)])
 def test_fifty_calls_make_one_graph_per_shape(entry, padded):
     model, graphs = ZOO[entry].build(), Graphs()
     handles = [headpatch.apply(model, r) for r in (A, B)]
@@ -91,11 +81,15 @@ def test_fifty_calls_make_one_graph_per_shape(entry, padded):
     assert all(layer.calls == 6 and layer.traced == 2 for layer in layers)
 
 
-@pytest.mark.xfail(strict=False, reason="kernels/plain.py: range(0, lq, size) ties a traced graph to one length")
+@pytest.mark.xfail(
+    strict=False,
+    raises=AssertionError,
+    reason="kernels/plain.py: range(0, lq, size) ties a traced graph to one length",
+)
 def test_dynamic_shapes_stop_compiling():
     """With dynamic shapes the second length gives a graph for all others, as in the untouched model."""
     model, graphs = _one_layer(), Graphs()
-    headpatch.apply(model, A)
+    headpatch.apply(model, recipe("zerotuning", {"0.0-1": 4.0}))
     run = compiled(model, graphs, dynamic=None)
     for length in (6, 7, 8, 30):
         batch = {"input_ids": ids(2, length)}
@@ -105,7 +99,7 @@ def test_dynamic_shapes_stop_compiling():
     assert graphs.count == 2
 
 
-@pytest.mark.parametrize("entry", ["llama", "vit"])
+@pytest.mark.parametrize("entry", ["llama", pytest.param("vit", marks=pytest.mark.slow)])
 def test_apply_and_remove_after_compile_take_effect(entry):
     """Graphs made before a recipe came or went are not used on; old ones are found again."""
     model, graphs, inputs = ZOO[entry].build(), Graphs(), ZOO[entry].make_inputs().kwargs
@@ -150,10 +144,12 @@ def test_a_model_compiled_in_place():
     assert graphs.count >= 2
 
 
-MANY = pytest.mark.xfail(strict=False, reason="each apply() is a new graph of one code object; the compiler's limit is 8")
+MANY = pytest.mark.xfail(
+    strict=False, reason="each apply() is a new graph of one code object; the compiler's limit is 8"
+)
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(10, marks=[pytest.mark.slow, MANY])])
+@pytest.mark.parametrize("count", [3, pytest.param(10, marks=[pytest.mark.slow, MANY])])
 def test_a_compiled_model_takes_one_recipe_after_another(count):
     model, graphs = _one_layer(), Graphs()
     run = compiled(model, graphs)
@@ -211,8 +207,12 @@ HALVING = define(
     "mass", "halving", segments=lambda self: (first_token,),
     reshare=lambda self, shares, s, ops: torch.cat([shares[:1] / 2, shares[1:] + shares[:1] / 2]),
 )  # fmt: skip
-SHARPENING = define("scores", "sharpening", segments=lambda self: (first_token,), transform=lambda self, x, s, ops: x * 1.5)
-LOOKING = define("output", "looking", needs=("position", "prompt_len", "lse"), edit=lambda self, out, s, ops: out * s[:, None])
+SHARPENING = define(
+    "scores", "sharpening", segments=lambda self: (first_token,), transform=lambda self, x, s, ops: x * 1.5
+)
+LOOKING = define(
+    "output", "looking", needs=("position", "prompt_len", "lse"), edit=lambda self, out, s, ops: out * s[:, None]
+)
 
 
 @pytest.mark.parametrize("method", [SPANNING, HALVING, SHARPENING, LOOKING], ids=lambda cls: cls.name)
@@ -302,7 +302,9 @@ def test_the_report_of_a_compiled_model():
     assert "traced 1x" in str(report) and "(compiled): passed; identity bit-equal" in str(report)
     unchecked = handle.report(self_check=False)
     assert unchecked.fires is False and not unchecked.self_check
-    assert [(layer.calls, layer.traced) for layer in handle.report().layers] == [(0, 1), (0, 1)], "checking counts nothing"
+    assert [(layer.calls, layer.traced) for layer in handle.report().layers] == [(0, 1), (0, 1)], (
+        "checking counts nothing"
+    )
 
 
 def test_the_report_of_an_eager_model():

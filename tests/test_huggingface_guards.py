@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from compat import A, B, C, fingerprint, ids, left_padded, logits, new_tokens, quiet_transformers, recipe
+from compat import A, B, C, fingerprint, ids, left_padded, logits, new_tokens, one_thread, recipe, silent
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 from zoo import BOS, PAD, ZOO
@@ -18,23 +18,8 @@ from zoo import BOS, PAD, ZOO
 import headpatch
 from headpatch import EngineError, HeadpatchError, UnsupportedModelError
 
+__all__ = ["one_thread", "silent"]
 pytestmark = pytest.mark.filterwarnings("error")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models are fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def silent():
-    """transformers has nothing to warn about."""
-    with quiet_transformers():
-        yield
 
 
 @pytest.fixture
@@ -105,7 +90,9 @@ def test_apply_inside_a_forward_raises_and_leaves_the_model_plain(model):
     errors = []
 
     def hook(module: Any, args: Any) -> None:
-        with pytest.raises(HeadpatchError, match=r"cannot apply a recipe while the model is running \(forward\(\)") as caught:
+        with pytest.raises(
+            HeadpatchError, match=r"cannot apply a recipe while the model is running \(forward\(\)"
+        ) as caught:
             headpatch.apply(model, A)
         errors.append(caught.value)
 
@@ -313,7 +300,9 @@ def test_a_copied_config_does_not_smuggle_the_patch(model):
 
 _SMALL = {"hidden_size": 32, "num_attention_heads": 4, "vocab_size": 96}
 _OWN_SOFTMAX = {
-    "bloom": lambda: transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4)),
+    "bloom": lambda: transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4)
+    ),
     "gptj": lambda: transformers.GPTJForCausalLM(
         transformers.GPTJConfig(
             vocab_size=96, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, bos_token_id=BOS, eos_token_id=2
@@ -345,7 +334,9 @@ def test_a_model_with_its_own_softmax_is_refused_by_name(name, how):
 
 def test_a_model_without_attention_is_refused():
     model = transformers.MambaForCausalLM(
-        transformers.MambaConfig(vocab_size=96, hidden_size=32, state_size=4, num_hidden_layers=1, intermediate_size=64)
+        transformers.MambaConfig(
+            vocab_size=96, hidden_size=32, state_size=4, num_hidden_layers=1, intermediate_size=64
+        )
     )
     with pytest.raises(UnsupportedModelError, match="MambaForCausalLM: no attention module uses"):
         headpatch.apply(model, A)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from kernel_cases import CUDA, HAS_TRITON, INTERPRETED, Case, Paged, backends, close
 
+from headpatch.kernels import plain
 from headpatch.kernels.first_token import merge_first_token, triton_available
 
 SHAPES = {
@@ -230,6 +231,25 @@ def test_gamma_zero_on_a_row_that_sees_only_the_first_token(backend):
         y = case.run(backend, complement)
         want = case.v.repeat_interleave(3, 1) * case.head_scale.view(1, -1, 1, 1)
         torch.testing.assert_close(y, want.transpose(1, 2))
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_long_prompts_in_slices_are_the_same(monkeypatch, size):
+    """Plain torch works through a prompt in slices; where they end must not matter."""
+    n = 13
+    visible = torch.ones(n, n, dtype=torch.bool).tril()[None, None].expand(2, 1, n, n)
+    case = Case(lq=n, lk=n, visible=visible)
+    calls = {
+        "prompt": lambda: case.run("torch", True, change=lambda o, lse: (o[:, :, 1:], lse[:, :, 1:])),
+        "mask": lambda: case.run("torch", True, mask=visible, first=torch.tensor([0, 0])),
+        "per query": lambda: case.run("torch", True, mask=visible, first=torch.zeros(2, n, dtype=torch.long)),
+        "window": lambda: case.run("torch", False, window=5),
+        "in place": lambda: case.run("torch", False, True),
+    }
+    want = {name: call() for name, call in calls.items()}
+    monkeypatch.setattr(plain, "SLICE", size * case.b * case.H * 16)
+    for name, call in calls.items():
+        torch.testing.assert_close(call(), want[name], rtol=1e-6, atol=1e-6, msg=name)
 
 
 def test_bad_shapes_are_refused():

@@ -4,9 +4,11 @@ import pytest
 import torch
 from kernel_cases import needs_gpu
 
-from headpatch.kernels.first_token import merge_first_token
+from headpatch.kernels.first_token import merge_first_token, merge_first_token_paged
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
+ROUNDING = {"rtol": 1.6e-2, "atol": 1e-2}
+"""For bf16 results of the same formula: a compiler may lay the sum over a head's channels out differently."""
 
 
 def cuda_case(lq=64, lk=64, d=128, dtype=torch.bfloat16):
@@ -33,7 +35,7 @@ def test_compiles_whole_on_the_gpu(complement, inplace, mode):
         args = cuda_case(lq)
         for _ in range(4):
             got = compiled(*args).clone()
-        torch.testing.assert_close(got, f(*args), rtol=0, atol=0)
+        torch.testing.assert_close(got, f(*args), **ROUNDING)
     torch._dynamo.reset()
 
 
@@ -51,6 +53,57 @@ def test_compiled_graph_launches_the_kernel_itself():
     torch._dynamo.reset()
 
 
+def test_one_dynamic_graph_for_all_lengths():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    def f(q, k, v, o, lse, gamma):
+        return merge_first_token(q, k, v, o, lse, gamma, scale=0.1, complement=True)
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=counter)
+    for lq, lk in ((64, 64), (80, 96), (33, 4097)):
+        args = cuda_case(lq, lk)
+        torch.testing.assert_close(compiled(*args), f(*args), **ROUNDING)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+def test_paged_kernel_compiles_and_captures():
+    """Packed decode rows with two recipes: eager, compiled and replayed from a CUDA graph agree; tables may change in between."""
+    rows, H, K, d = 5, 8, 2, 128
+    gen = torch.Generator(device="cuda").manual_seed(0)
+    q, o = (torch.randn(rows, H, d, device="cuda", dtype=torch.bfloat16, generator=gen) for _ in range(2))
+    cache = torch.randn(20, K, 16, 2 * d, device="cuda", dtype=torch.bfloat16, generator=gen)
+    lse = torch.randn(H, rows, device="cuda", generator=gen)
+    gamma = torch.rand(2, H, device="cuda", generator=gen) * 3
+    table = torch.arange(1, 11, device="cuda", dtype=torch.int32).view(rows, 2)
+    start = torch.arange(rows + 1, device="cuda", dtype=torch.int32)
+    lens = torch.full((rows,), 20, device="cuda", dtype=torch.int32)
+    slot = torch.arange(20, device="cuda", dtype=torch.int32) % 2
+
+    def f(o, gamma):
+        return merge_first_token_paged(
+            q, cache[..., :d], cache[..., d:], o, lse, gamma, scale=0.1, block_table=table, query_start_loc=start,
+            seq_lens=lens, block_slot=slot,
+        )  # fmt: skip
+
+    want = f(o.clone(), gamma)
+    assert not torch.equal(want, o)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(f, fullgraph=True)(o.clone(), gamma), want, **ROUNDING)
+    torch._dynamo.reset()
+    static = o.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        f(static, gamma)
+    for _ in range(2):
+        static.copy_(o)
+        graph.replay()
+        torch.testing.assert_close(static, f(o.clone(), gamma), rtol=1e-2, atol=1e-2)  # bf16: a compiler may round once more
+        gamma.fill_(2.0)
+
+
 def test_cuda_graph_follows_its_tables():
     """Captured once; new strengths written into the same table take effect on replay, without a synchronisation."""
     q, k, v, o, lse, gamma = cuda_case(1)
@@ -66,7 +119,7 @@ def test_cuda_graph_follows_its_tables():
     for value in (0.0, 1.0, 7.0):
         gamma.fill_(value)
         graph.replay()
-        torch.testing.assert_close(y, f(), rtol=0, atol=0)
+        torch.testing.assert_close(y, f(), rtol=1e-2, atol=1e-2)  # bf16: a compiler may round once more
 
 
 def test_triton_equals_plain_torch_at_full_size():

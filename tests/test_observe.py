@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from compat import A, B, C, fingerprint, ids, left_padded, logits, new_tokens, quiet_transformers, recipe
+from compat import A, B, C, fingerprint, ids, left_padded, logits, new_tokens, one_thread, recipe, silent
 from naive import Naive
 from transformers import DynamicCache
 from zoo import HEAD_DIM, HIDDEN, IMAGE, ZOO
@@ -15,28 +15,13 @@ import headpatch
 from headpatch import HeadpatchError, RecipeError, UnsupportedModelError
 from headpatch.operands import OPERANDS
 
+__all__ = ["one_thread", "silent"]
 pytestmark = pytest.mark.filterwarnings("error")
 
 LENGTHS = (12, 7, 3)
 PER_HEAD = ("q", "k", "v", "lse", "column_means", "window_scores", "o_proj")
 PER_LAYER = ("layer_input", "position", "prompt_len", "first_token", "spans", "image_tokens", "without_image")
 NOT_OBSERVED = {"arrays", "all_heads", "column_sinks", "residual_sinks"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models are fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def silent():
-    """transformers has nothing to warn about."""
-    with quiet_transformers():
-        yield
 
 
 @pytest.fixture
@@ -259,7 +244,9 @@ def test_caches_are_the_plain_model_s(model):
     with headpatch.observe(model, "column_means", "*.*"):
         logits(model, past_key_values=cache)
     logits(model, past_key_values=other)
-    assert torch.equal(logits(model, ids(2, 1), past_key_values=cache), logits(model, ids(2, 1), past_key_values=other))
+    assert torch.equal(
+        logits(model, ids(2, 1), past_key_values=cache), logits(model, ids(2, 1), past_key_values=other)
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
@@ -307,7 +294,9 @@ def test_observing_needs_what_methods_need():
     model = ZOO["t5"].build()
     before = fingerprint(model)
     with (
-        pytest.raises(UnsupportedModelError, match=r"layer decoder\.0 \(T5Attention\): operand 'lse' cannot be had with position_bias"),
+        pytest.raises(
+            UnsupportedModelError, match=r"layer decoder\.0 \(T5Attention\): operand 'lse' cannot be had with"
+        ),
         headpatch.observe(model, "lse", "*.*"),
     ):
         pass
@@ -324,7 +313,9 @@ def test_a_forward_that_branches_on_the_implementation_cannot_be_observed():
         block.attn.reorder_and_upcast_attn = True
     plain, before = logits(model), fingerprint(model)
     with (
-        pytest.raises(UnsupportedModelError, match=r"layer text\.0 \(GPT2Attention\): .*compares the implementation's name"),
+        pytest.raises(
+            UnsupportedModelError, match=r"layer text\.0 \(GPT2Attention\): .*compares the implementation's name"
+        ),
         headpatch.observe(model, "output", "*.*"),
     ):
         pass

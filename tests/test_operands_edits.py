@@ -13,39 +13,23 @@ from typing import Any
 
 import pytest
 import torch
-from compat import ids, left_padded, logits, quiet_transformers
+from compat import ids, left_padded, logits, one_thread, silent
 from naive import Call, Naive, define, of, patch, registered, union
 from reference import edit_rows
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
-from zoo import IMAGE, ZOO
+from zoo import ZOO
 
 import headpatch
-from headpatch import EngineError, HeadpatchError
 from headpatch.operands import Segment, first_token
 
+__all__ = ["one_thread", "silent"]
 pytestmark = pytest.mark.filterwarnings("error")
 
 LENGTHS = (12, 7, 3)
 SPANS: list[list[tuple[int, int]]] = [[(1, 3), (5, 8)], [(0, 2)], []]
 SPAN = Segment("spans")
 SPAN_REST = Segment("spans", minus=(first_token,))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models are fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def silent():
-    """transformers has nothing to warn about."""
-    with quiet_transformers():
-        yield
 
 
 # ------------------------------------------------------------------------------------------------------- naive edits
@@ -142,9 +126,14 @@ FIRST = define(
     "mass", "first_only", constant=True, segments=lambda self: (first_token,), weights=lambda self, s: s[:, None]
 )
 SPANNING = define("mass", "spanning", constant=True, segments=lambda self: (SPAN,), weights=lambda self, s: s[:, None])
-WEIGHING = define("mass", "weighing", constant=True, segments=lambda self: (first_token, SPAN_REST), weights=double_and_halve)
+WEIGHING = define(
+    "mass", "weighing", constant=True, segments=lambda self: (first_token, SPAN_REST), weights=double_and_halve
+)
 BORROWING = define(
-    "mass", "borrowing", segments=lambda self: (first_token, SPAN_REST), reshare=lambda self, shares, s, ops: borrow(shares, s)
+    "mass",
+    "borrowing",
+    segments=lambda self: (first_token, SPAN_REST),
+    reshare=lambda self, shares, s, ops: borrow(shares, s),
 )
 SHARPENING = define(
     "scores", "sharpening", segments=lambda self: (SPAN,), transform=lambda self, scores, s, ops: sharpen(scores, s)
@@ -155,7 +144,10 @@ NAIVE: dict[Any, Callable[[dict[int, float]], Edit]] = {
     FIRST: lambda heads: Edit("mass", heads, lambda c: [first_mask(c)], weigh(lambda a: a[:, None])),
     SPANNING: lambda heads: Edit("mass", heads, lambda c: [span_mask(c)], weigh(lambda a: a[:, None])),
     WEIGHING: lambda heads: Edit(
-        "mass", heads, lambda c: [first_mask(c), span_mask(c) & ~first_mask(c)], weigh(lambda a: double_and_halve(None, a))
+        "mass",
+        heads,
+        lambda c: [first_mask(c), span_mask(c) & ~first_mask(c)],
+        weigh(lambda a: double_and_halve(None, a)),
     ),
     BORROWING: lambda heads: Edit("mass", heads, lambda c: [first_mask(c), span_mask(c) & ~first_mask(c)], borrow),
     SHARPENING: lambda heads: Edit("scores", heads, lambda c: [span_mask(c)], sharpen),
@@ -249,7 +241,9 @@ def test_five_edits_on_all_heads():
             )  # fmt: skip
 
 
-@pytest.mark.xfail(strict=False, reason="segments.cell_log_weights: log(0) of segments without mass makes gradients NaN")
+@pytest.mark.xfail(
+    strict=False, raises=AssertionError, reason="segments.cell_log_weights: log(0) of segments without mass"
+)
 def test_gradients_of_functional_edits():
     """Through shares, segments without mass and padding: equal to autograd of the written-out edit."""
     for order in ([BORROWING], [WEIGHING, BORROWING], [SHARPENING, BORROWING]):
@@ -291,136 +285,8 @@ def test_weight_zero_of_everything_visible_leaves_the_row():
     with registered(SPANNING):
         model = ZOO["llama"].build(torch.float64)
         plain = logits(model, left_padded(LENGTHS))
-        with headpatch.apply(model, of(patch(SPANNING, by_selector(dict.fromkeys(range(4), 0.0))))).inputs(spans=everything):
+        handle = headpatch.apply(model, of(patch(SPANNING, by_selector(dict.fromkeys(range(4), 0.0)))))
+        with handle.inputs(spans=everything):
             found = logits(model, left_padded(LENGTHS))
     real = left_padded(LENGTHS)["attention_mask"].bool()
     torch.testing.assert_close(found[real], plain[real], rtol=0, atol=1e-9)
-
-
-# --------------------------------------------------------------------------------------------------------------- sinks
-
-
-@CACHES
-def test_column_sinks(cache):
-    """Per head, from the prompt's own attention; the same keys in every later step."""
-    threshold = 0.12
-    sinks = Segment("column_sinks", (("threshold", threshold),))
-    method = define("mass", "column_damping", constant=True, segments=lambda self: (sinks,), weights=lambda self, s: s[:, None])
-    frozen: dict[int, Tensor] = {}
-    mask = left_padded(LENGTHS)["attention_mask"].bool()
-
-    def masks(call: Call) -> list[Tensor]:
-        n, layer = call.k.shape[2], len(frozen) if call.q.shape[2] > 1 else turn[0] % 2
-        if call.q.shape[2] > 1:
-            asked = call.seen & mask[:, None, :, None]
-            frozen[layer] = (call.p * asked).sum(2) / asked.sum(2).clamp_min(1) > threshold
-            assert frozen[layer].any() and not frozen[layer].all()
-        else:
-            turn[0] += 1
-        return [torch.nn.functional.pad(frozen[layer], (0, n - 12))[:, :, None]]
-
-    turn = [0]
-    edit = Edit("mass", HEADS, masks, weigh(lambda a: a[:, None]))
-    with registered(method):
-        compare("llama", [of(patch(method, by_selector(HEADS)))], [edit], cache)
-
-
-@CACHES
-def test_residual_sinks(cache):
-    """Keys whose residual stream is extreme in one of some dimensions, against its own root mean square."""
-    dims, threshold = (0, 5, 17), 1.5
-    sinks = Segment("residual_sinks", (("dims", dims), ("threshold", threshold)))
-    method = define("mass", "residual_damping", constant=True, segments=lambda self: (sinks,), weights=lambda self, s: s[:, None])
-    streams: list[Tensor] = []
-    naive = Naive(ZOO["llama"])
-    for layer in naive.model.model.layers:
-        layer.register_forward_pre_hook(lambda m, args: streams.append(args[0]) if args[0].shape[1] > 1 else None)
-    mask = left_padded(LENGTHS)["attention_mask"].bool()
-    count = [0]
-
-    def masks(call: Call) -> list[Tensor]:
-        x = streams[count[0] % 2]
-        count[0] += 1
-        extreme = x[..., list(dims)].abs().amax(-1) / x.square().mean(-1).add(1e-6).sqrt() >= threshold
-        assert (extreme & mask).any() and not (extreme | ~mask).all()
-        return [torch.nn.functional.pad(extreme & mask, (0, call.k.shape[2] - 12))[:, None, None]]
-
-    edit = Edit("mass", HEADS, masks, weigh(lambda a: a[:, None]))
-    model = ZOO["llama"].build(torch.float64)
-    kept = StaticCache(config=model.config, max_cache_len=24) if cache == "static" else DynamicCache()
-    with registered(method), naive.edited(dict.fromkeys(naive.taps, apply_all([edit]))) as other:
-        headpatch.apply(model, of(patch(method, by_selector(HEADS))))
-        for step, reference in zip(forwards(kept, 3), forwards(DynamicCache(), 3), strict=True):
-            found, expected = logits(model, step), logits(other, reference)
-            real = mask if found.shape[1] > 1 else torch.ones(3, 1, dtype=torch.bool)
-            torch.testing.assert_close(found[real], expected[real], rtol=0, atol=1e-8)
-
-
-def test_sinks_of_a_prompt_in_chunks_are_refused():
-    """They depend on the whole prompt: a chunk does not show it."""
-    sinks = Segment("column_sinks", (("threshold", 0.1),))
-    method = define("mass", "column_damping", constant=True, segments=lambda self: (sinks,), weights=lambda self, s: s[:, None])
-    model = ZOO["llama"].build()
-    with registered(method):
-        headpatch.apply(model, of(patch(method, {"*.*": 3.0})))
-        with pytest.raises(EngineError, match=r"needs the whole prompt in one call, and it came in chunks; turn chunked prefill off"):
-            model.generate(**left_padded(LENGTHS), max_new_tokens=2, do_sample=False, prefill_chunk_size=4)
-        model.generate(**left_padded(LENGTHS), max_new_tokens=2, do_sample=False)
-
-
-# -------------------------------------------------------------------------------------------------------------- images
-
-
-@pytest.mark.parametrize("turns", [1, 2])
-def test_image_tokens(turns):
-    """Keys of image placeholders, wherever they stand in the row; with a second image in a later turn, too."""
-    images = Segment("image_tokens")
-    method = define("mass", "looking_at", constant=True, segments=lambda self: (images,), weights=lambda self, s: s[:, None])
-    entry = ZOO["llava"]
-    inputs = entry.make_inputs(lengths=[9, 5], padding_side="left").to(torch.float64)
-    batch, shown = dict(inputs.kwargs), []
-    later = entry.make_inputs(lengths=[4, 4], seed=5).to(torch.float64).kwargs
-    naive = Naive(entry)
-
-    def masks(call: Call) -> list[Tensor]:
-        everything = torch.cat(shown, 1)
-        return [torch.nn.functional.pad(everything == IMAGE, (0, call.k.shape[2] - everything.shape[1]))[:, None, None]]
-
-    edit = Edit("mass", HEADS, masks, weigh(lambda a: a[:, None]))
-    model, kept, reference = entry.build(torch.float64), DynamicCache(), DynamicCache()
-    calls = [batch, {"input_ids": ids(2, 1)}, {"input_ids": ids(2, 1, 1)}]
-    calls += [{k: later[k] for k in ("input_ids", "pixel_values")}, {"input_ids": ids(2, 1, 2)}] if turns == 2 else []
-    mask = inputs.kwargs["attention_mask"]
-    with registered(method), naive.edited(dict.fromkeys(naive.taps, apply_all([edit]))) as other:
-        headpatch.apply(model, of(patch(method, by_selector(HEADS))))
-        for i, call in enumerate(calls):
-            shown.append(call["input_ids"])
-            if i:
-                mask = torch.cat([mask, torch.ones_like(call["input_ids"])], 1)
-                call = {**call, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1)[:, -call["input_ids"].shape[1] :]}
-            found = logits(model, call, past_key_values=kept)
-            expected = logits(other, call, past_key_values=reference)
-            real = inputs.real if not i else torch.ones_like(call["input_ids"], dtype=torch.bool)
-            torch.testing.assert_close(found[real], expected[real], rtol=0, atol=1e-8)
-
-
-def test_image_tokens_of_embeddings_are_refused():
-    """Without token ids nobody knows which embeddings are the image's; those of an earlier call do not count."""
-    images = Segment("image_tokens")
-    method = define("mass", "looking_at", constant=True, segments=lambda self: (images,), weights=lambda self, s: s[:, None])
-    model, inputs = ZOO["llava"].build(), ZOO["llava"].make_inputs().kwargs
-    with registered(method):
-        headpatch.apply(model, of(patch(method, {"*.*": 3.0})))
-        logits(model, inputs)
-        embedded = model.get_input_embeddings()(inputs["input_ids"])
-        with pytest.raises(EngineError, match=r"layer text\.0: operand 'image_tokens' needs input_ids in the call"):
-            logits(model, {"inputs_embeds": embedded})
-
-
-def test_image_tokens_of_a_model_without_images_are_refused():
-    images = Segment("image_tokens")
-    method = define("mass", "looking_at", constant=True, segments=lambda self: (images,), weights=lambda self, s: s[:, None])
-    model = ZOO["llama"].build()
-    with registered(method), pytest.raises(HeadpatchError, match="image_tokens"):
-        headpatch.apply(model, of(patch(method, {"*.*": 3.0})))
-        logits(model)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from compat import ids, left_padded, logits, quiet_transformers
+from compat import ids, left_padded, logits, one_thread, silent
 from naive import Naive, define, field, of, patch, registered
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
@@ -20,24 +20,9 @@ import headpatch
 from headpatch import EngineError
 from headpatch.operands import Segment, first_token
 
+__all__ = ["one_thread", "silent"]
 pytestmark = pytest.mark.filterwarnings("error")
 LENGTHS = (12, 7, 3)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models are fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def silent():
-    """transformers has nothing to warn about."""
-    with quiet_transformers():
-        yield
 
 
 class Remembering:
@@ -63,7 +48,9 @@ class Remembering:
 
 
 def _cache(kind: str, model: Any) -> Any:
-    return StaticCache(config=model.config, max_cache_len=24) if kind == "static" else DynamicCache(config=model.config)
+    return (
+        StaticCache(config=model.config, max_cache_len=24) if kind == "static" else DynamicCache(config=model.config)
+    )
 
 
 def _run(model: Any, cache: Any, extra: int = 3) -> list[Tensor]:
@@ -97,7 +84,14 @@ def test_state_is_derived_once_and_handed_back(kind):
 
 
 @pytest.mark.parametrize(
-    "needs", [("q", "lse"), ("window_scores",), ("layer_input", "position", "prompt_len"), ("o_proj", "k", "v"), ("first_token",)]
+    "needs",
+    [
+        ("q", "lse"),
+        ("window_scores",),
+        ("layer_input", "position", "prompt_len"),
+        ("o_proj", "k", "v"),
+        ("first_token",),
+    ],
 )
 def test_state_may_be_derived_from_any_operand(needs):
     """What derive() is given is what reshare(), transform() and edit() are given."""
@@ -184,7 +178,7 @@ def test_state_of_a_prompt_in_chunks_is_refused():
     model = ZOO["llama"].build()
     with registered(it.method):
         headpatch.apply(model, of(patch(it.method, {"0.1": 2.0})))
-        with pytest.raises(EngineError, match=r"layer text\.0: operand 'mark' needs the whole prompt in one call, and it came in chunks"):
+        with pytest.raises(EngineError, match=r"layer text\.0: operand 'mark' needs the whole prompt in one call"):
             model.generate(**left_padded(LENGTHS), max_new_tokens=2, do_sample=False, prefill_chunk_size=4)
         assert model.generate(**left_padded(LENGTHS), max_new_tokens=2, do_sample=False).shape == (3, 14)
 

@@ -72,9 +72,9 @@ def test_the_numbers_are_the_recipe_s():
     provenance = headpatch.load_recipe(RECIPE).provenance
     before, after = provenance["baseline"], provenance["patched"]
     flat = " ".join(TEXT.split())
-    assert f"from {before['stated']} to {after['stated']}" in flat
-    assert f"from {before['remembered']} to {after['remembered']}" in flat
-    assert f"{before['neither']} and {after['neither']}" in flat
+    assert f"from {before['from_text']} to {after['from_text']}" in flat
+    assert f"from {before['from_memory']} to {after['from_memory']}" in flat
+    assert f"{before['other']} and {after['other']}" in flat
     assert f"{before['perplexity']:.2f} to {after['perplexity']:.2f}" in flat
     assert f"{100 * (after['perplexity'] / before['perplexity'] - 1):.1f} % of perplexity" in flat
 

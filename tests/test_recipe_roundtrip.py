@@ -167,9 +167,10 @@ def test_resolving_agrees_with_the_definition(data):
 # --- what is nearly a recipe
 
 yaml_like = st.text(alphabet=string.printable) | st.text() | st.text(alphabet="{}[]:,-*&!|>'\"%#?~ \n\t1.e<")
-keys = "headpatch patches method heads zerotuning gamma tensors model num_heads part 1.3 12.10 *.* 1 1e-2 .nan true null".split()
+keys = ["headpatch", "patches", "method", "heads", "zerotuning", "gamma", "tensors", "model", "num_heads", "part"]
+scalars = ["1.3", "12.10", "*.*", "1", "1e-2", ".nan", "true", "null"]
 signs = [": ", "- ", "{", "}", "[", "]", ", ", "'", '"', "&a", "*a", "!!", "<<", "\n", "\n  ", "---\n"]
-words = st.sampled_from([*keys, *signs])
+words = st.sampled_from([*keys, *scalars, *signs])
 near = st.lists(words, max_size=30).map("".join)
 
 

@@ -146,7 +146,9 @@ def gated(part: float) -> Reshare:
     return fn
 
 
-def edited(scores: Tensor, v: Tensor, masks: Sequence[Tensor], patches: Sequence[tuple[Sequence[int], Reshare]]) -> Tensor:
+def edited(
+    scores: Tensor, v: Tensor, masks: Sequence[Tensor], patches: Sequence[tuple[Sequence[int], Reshare]]
+) -> Tensor:
     """One pass over cells."""
     split = cells(masks)
     parts = [attend(scores, v, cell) for _, cell in split]
@@ -189,7 +191,9 @@ def test_several_edits_act_one_after_the_other(chain, seed):
     masks = segments(3, seed)
     found = edited(scores, v, masks, CHAINS[chain])
     real = ~scores.isneginf().all(-1)
-    torch.testing.assert_close(found[real], one_after_the_other(scores, v, masks, CHAINS[chain])[real], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        found[real], one_after_the_other(scores, v, masks, CHAINS[chain])[real], rtol=0, atol=1e-12
+    )
     assert found.isfinite().all()
 
 
@@ -198,15 +202,20 @@ def test_order_matters_only_where_it_should():
     scores, v = problem(0)
     masks = segments(3, 0)
     one, two = ((0,), constant(5.0)), ((1,), constant(0.2))
-    torch.testing.assert_close(edited(scores, v, masks, [one, two]), edited(scores, v, masks, [two, one]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        edited(scores, v, masks, [one, two]), edited(scores, v, masks, [two, one]), rtol=0, atol=1e-12
+    )
     gate = ((1,), gated(0.9))
     assert not torch.allclose(edited(scores, v, masks, [one, gate]), edited(scores, v, masks, [gate, one]), atol=1e-3)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=st.integers(0, 10_000), count=st.integers(1, 3),
-    chain=st.lists(st.tuples(st.integers(0, 2), st.sampled_from([0.0, 0.03, 1.0, 20.0]), st.booleans()), min_size=1, max_size=4),
+    seed=st.integers(0, 10_000),
+    count=st.integers(1, 3),
+    chain=st.lists(
+        st.tuples(st.integers(0, 2), st.sampled_from([0.0, 0.03, 1.0, 20.0]), st.booleans()), min_size=1, max_size=4
+    ),
 )
 def test_any_chain_of_edits(seed, count, chain):
     scores, v = problem(seed)
@@ -217,7 +226,9 @@ def test_any_chain_of_edits(seed, count, chain):
     torch.testing.assert_close(found[real], one_after_the_other(scores, v, masks, patches)[real], rtol=0, atol=1e-10)
 
 
-@pytest.mark.xfail(strict=False, reason="log(0) of cells without mass: 0 * inf in the backward pass")
+@pytest.mark.xfail(
+    strict=False, raises=AssertionError, reason="log(0) of cells without mass: 0 * inf in the backward pass"
+)
 def test_gradients_of_cells_without_mass():
     """Segment 2 is empty in row 0 and some rows see nothing: gradients are those of the full rows."""
     grads = []
@@ -248,13 +259,17 @@ def test_a_learned_sink_is_a_key_without_value():
 # ------------------------------------------------------------------------------------------------------------- augment
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 0.03)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 0.03)], ids=str
+)
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_augmented_heads_add_to_the_scores_of_segments(dtype, bound, kv_heads):
     """Extra head dimensions, exact under any kernel; three of them in low precision, where one number cannot hold log g."""
     g = torch.Generator().manual_seed(0)
     heads, n, d, scale = 4, 9, 16, 0.37
-    q, k, v = (torch.randn(2, h, n, d, generator=g, dtype=torch.float64).to(dtype) for h in (heads, kv_heads, kv_heads))
+    q, k, v = (
+        torch.randn(2, h, n, d, generator=g, dtype=torch.float64).to(dtype) for h in (heads, kv_heads, kv_heads)
+    )
     weights = torch.tensor([[0.5, 3.0], [100.0, 1.0], [1.0, 0.02], [7.3, 0.9]], dtype=torch.float64)
     members = torch.zeros(2, n, 2, dtype=torch.bool)
     members[0, 0, 0] = members[1, 2, 0] = members[:, 4:6, 1] = True
@@ -264,7 +279,9 @@ def test_augmented_heads_add_to_the_scores_of_segments(dtype, bound, kv_heads):
     out = torch.nn.functional.scaled_dot_product_attention(q2, k2, v2, is_causal=True, scale=scale, enable_gqa=True)
     assert not out[..., d:].any()
     kk, vv = (x.double().repeat_interleave(heads // kv_heads, 1) for x in (k, v))
-    scores = (q.double() @ kk.transpose(2, 3) * scale).masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -math.inf)
+    scores = (q.double() @ kk.transpose(2, 3) * scale).masked_fill(
+        torch.ones(n, n, dtype=torch.bool).triu(1), -math.inf
+    )
     row = torch.softmax(scores, -1)
     for s in range(2):
         row = torch.where(members[:, None, None, :, s], row * weights[None, :, s, None, None], row)
@@ -307,4 +324,3 @@ def test_augment_turns_weight_zero_into_a_bias_that_no_softmax_sees_through():
     keep = [0, 2, 3, 4]
     expected = torch.nn.functional.scaled_dot_product_attention(q, k[:, :, keep], v[:, :, keep], scale=0.5)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
-

@@ -238,6 +238,29 @@ def test_arrays_on_the_hub_stay_in_the_recipes_folder(cache, extra):
         load_recipe("hf://a/b/deep")
 
 
+def test_both_files_are_of_one_commit(cache, extra, monkeypatch):
+    """The branch may move between two downloads."""
+    data = safetensors_bytes()
+    cache.add("recipe.yaml", yamlio.dumps(arrays_recipe(data)).encode())
+    cache.add("task.safetensors", data)
+    asked = []
+
+    def download(repo, file, *, revision=None, dry_run=False):
+        asked.append((file, revision, dry_run))
+        if dry_run:
+            return types.SimpleNamespace(file_size=1, commit_hash=COMMIT)
+        return str(cache.snapshot / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert load_recipe("hf://a/b@main").tensors
+    assert asked == [
+        ("recipe.yaml", "main", True),
+        ("recipe.yaml", COMMIT, False),
+        ("task.safetensors", COMMIT, True),
+        ("task.safetensors", COMMIT, False),
+    ]
+
+
 def test_too_large_for_a_recipe_is_not_downloaded(cache, monkeypatch):
     calls = []
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from compat import ids, left_padded, logits, quiet_transformers
+from compat import ids, left_padded, logits, one_thread, silent
 from naive import define, of, patch, registered
 from transformers import DynamicCache, StaticCache
 from zoo import BOS, PAD, ZOO
@@ -17,26 +17,11 @@ from headpatch import EngineError, HeadpatchError
 from headpatch.adapters.huggingface.spans import token_spans
 from headpatch.operands import Segment
 
+__all__ = ["one_thread", "silent"]
 pytestmark = pytest.mark.filterwarnings("error")
 
 PROMPTS = ["the cat sat on the mat today", "a cat sat"]
 WORDS = ["the", "cat", "sat", "on", "mat", "today", "a", "naïve", "résumé", "."]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models are fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def silent():
-    """transformers has nothing to warn about."""
-    with quiet_transformers():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +57,10 @@ def test_every_way_to_say_it(tokenizer, span, expected):
 
 
 def test_characters_are_characters_not_bytes(tokenizer):
-    assert token_spans([["résumé"], [{"chars": [2, 7]}]], ["naïve résumé .", "a naïve ."], tokenizer) == [[(2, 3)], [(2, 3)]]
+    assert token_spans([["résumé"], [{"chars": [2, 7]}]], ["naïve résumé .", "a naïve ."], tokenizer) == [
+        [(2, 3)],
+        [(2, 3)],
+    ]
 
 
 def test_spans_of_several_rows(tokenizer):
@@ -96,7 +84,11 @@ def test_spans_move_with_the_padding_and_stay_in_decoding(tokenizer, entry, cach
 
         def run(rows: list[int]) -> torch.Tensor:
             batch = tokenizer([PROMPTS[r] for r in rows], padding=True, return_tensors="pt")
-            kept = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(config=model.config, max_cache_len=24)
+            kept = (
+                DynamicCache(config=model.config)
+                if cache == "dynamic"
+                else StaticCache(config=model.config, max_cache_len=24)
+            )
             mask = batch["attention_mask"]
             with handle.inputs(
                 spans=[given[r] for r in rows], prompts=[PROMPTS[r] for r in rows], tokenizer=tokenizer
@@ -144,7 +136,9 @@ def test_spans_through_generate_beams_and_chunks(tokenizer):
         handle = headpatch.apply(model, of(patch(SPANNING, {"*.0-2": 6.0})))
         with handle.inputs(spans=[["cat", "mat"], ["sat"]], prompts=PROMPTS, tokenizer=tokenizer):
             greedy = model.generate(**batch, max_new_tokens=6, do_sample=False)
-            assert torch.equal(model.generate(**batch, max_new_tokens=6, do_sample=False, prefill_chunk_size=3), greedy)
+            assert torch.equal(
+                model.generate(**batch, max_new_tokens=6, do_sample=False, prefill_chunk_size=3), greedy
+            )
             beams = model.generate(**batch, max_new_tokens=6, do_sample=False, num_beams=3)
         for row in range(2):
             alone = tokenizer(PROMPTS[row], return_tensors="pt")["input_ids"]
@@ -152,7 +146,9 @@ def test_spans_through_generate_beams_and_chunks(tokenizer):
             with handle.inputs(spans=spans, prompts=[PROMPTS[row]], tokenizer=tokenizer):
                 n = alone.shape[1]
                 assert torch.equal(model.generate(alone, max_new_tokens=6, do_sample=False)[0, n:], greedy[row, 8:])
-                assert torch.equal(model.generate(alone, max_new_tokens=6, do_sample=False, num_beams=3)[0, n:], beams[row, 8:])
+                assert torch.equal(
+                    model.generate(alone, max_new_tokens=6, do_sample=False, num_beams=3)[0, n:], beams[row, 8:]
+                )
 
 
 def test_a_cache_belongs_to_the_spans_that_it_was_filled_under():

@@ -6,7 +6,9 @@ checks and save_pretrained see the base implementation. What to do with the laye
 
 from __future__ import annotations
 
+import itertools
 import sys
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +31,7 @@ NAME = "headpatch"
 HEAD_ATTR = "_headpatch"
 
 
-@dataclass
+@dataclass(eq=False)
 class LayerState:
     """What one patched attention module carries.
 
@@ -53,6 +55,8 @@ class LayerState:
         Eager calls so far (compiled calls do not count: no Python state is touched in a traced path).
     traced
         How often a compiler traced this layer's patched path.
+    number
+        Its own, in this process.
     """
 
     name: str
@@ -67,6 +71,23 @@ class LayerState:
     observers: list[Any] = field(default_factory=list)
     calls: int = 0
     traced: int = 0
+    number: str = ""
+
+    def __post_init__(self) -> None:
+        self._enlist()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._enlist()  # a copy is another layer
+
+    def _enlist(self) -> None:
+        self.number = str(next(_NUMBERS))
+        _STATES[self.number] = self
+
+
+_NUMBERS = itertools.count()
+_STATES: weakref.WeakValueDictionary[str, LayerState] = weakref.WeakValueDictionary()
+"""Every live layer by number; a compiler that traces one can name it by that."""
 
 
 def headpatch_attention(
@@ -84,7 +105,7 @@ def headpatch_attention(
             "from a patched module. Give it a config of its own"
         )
     if torch.compiler.is_compiling():
-        _note_trace(state)
+        _note_trace(state.number)
     else:
         state.calls += 1
     rows = kwargs.pop("headpatch_rows", None) or (state.hooks.current() if state.hooks else None)
@@ -106,6 +127,7 @@ def headpatch_attention(
         kwargs = dict(kwargs)
         cache = kwargs.pop("cache")
         key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+        _refuse_packed(state)
         attention_mask, first = _packed_rows(attention_mask, query, kwargs, rows, state)
     else:
         first = None
@@ -147,7 +169,7 @@ def _edited(call: mass.Call, plan: LayerPlan, server: OperandServer, fuse_scale:
         if mass.biased_suits(call):
             return mass.biased(call, plan.first_bias(call.k.shape[2], weight)), False
         scale = plan.scale.to(call.q.device) if fuse_scale and plan.scale is not None else None
-        return mass.first_token(call, weight, scale), scale is not None
+        return mass.first_token(call, weight, scale, plan.gentle), scale is not None
     edits = plan.family("mass", "scores")
     masks = server.segment_masks(plan.segments)
     form = mass.explicit if any(e.method.family == "scores" for e in edits) else mass.by_cells
@@ -236,6 +258,25 @@ def _packed_rows(
     return mask, mass.FirstKey(index[None], gone)
 
 
+PER_REQUEST = frozenset({
+    "spans", "image_tokens", "column_sinks", "residual_sinks", "column_means", "window_scores", "prompt_len", "position",
+    "without_image",
+})  # fmt: skip
+"""Operands that need to know which request a packed token belongs to, and what came before it."""
+
+
+def _refuse_packed(state: LayerState) -> None:
+    asked = set(state.plan.needs if state.plan else ()).union(*(o.needs for o in state.observers))
+    found = sorted(asked & PER_REQUEST)
+    if state.plan and any(e.method.state for e in state.plan.edits):
+        found.append("state of the prompt")
+    if found:
+        raise EngineError(
+            f"layer {state.name}: operand {found[0]!r} cannot be had with continuous batching, which packs requests into one row; "
+            "call generate() instead"
+        )
+
+
 def _refuse_at_call(
     state: LayerState, module: nn.Module, dropout: float, rows: Rows | None, kwargs: dict[str, Any]
 ) -> None:
@@ -254,9 +295,11 @@ def _refuse_at_call(
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _note_trace(state: LayerState) -> int:
-    # Runs while a compiler traces, never in the compiled call.
-    state.traced += 1
+def _note_trace(number: str) -> int:
+    # Runs while a compiler traces, never in the compiled call. Some compilers pass nothing but constants, hence the number.
+    state = _STATES.get(number)
+    if state is not None:
+        state.traced += 1
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import secrets
 import sys
 import threading
 import weakref
@@ -24,7 +25,7 @@ from headpatch.adapters.huggingface.discover import Attention, Layout, find_layo
 from headpatch.adapters.huggingface.hooks import LayerInputHook, PrefillProbe, RootHook
 from headpatch.adapters.huggingface.marks import Mark, StaleUpdate, inner_caches
 from headpatch.adapters.huggingface.operands import SUPPLIES
-from headpatch.adapters.huggingface.plan import Edit, LayerPlan
+from headpatch.adapters.huggingface.plan import Edit, LayerPlan, home
 from headpatch.adapters.huggingface.rows import StackHooks
 from headpatch.errors import EngineError, HeadpatchError, UnsupportedModelError
 from headpatch.operands import refusals
@@ -42,7 +43,10 @@ NEVER_WITH = {
 
 @dataclass
 class Record:
-    """One applied recipe. `strengths` are keyed (patch, part, layer) and aligned with the edits' heads."""
+    """One applied recipe. Its `id` is never used again: a handle of a recipe that is off means no other.
+
+    `strengths` are keyed (patch, part, layer) and aligned with the edits' heads.
+    """
 
     id: int
     recipe: Recipe
@@ -70,10 +74,8 @@ class Controller:
         self.extras: list[Any] = []
         self.data_by_thread: dict[int, dict[str, Any]] = {}
         self.traced_data: dict[str, Any] = {}
-        self.next_id = 0
         self.recipe_salt = ""
         self.by_prompt = self.by_request = False
-        """What keys and values made now depend on, beside the tokens."""
         self.caches: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,7 +104,7 @@ class Controller:
                 )
         layout = find_layout(self.root)
         resolved = resolve(recipe, layout.shape)
-        record = Record(self.next_id, recipe, resolved, me)
+        record = Record(secrets.randbits(62), recipe, resolved, me)
         for patch in resolved:
             self._refuse(patch, layout)
             record.arrays[patch.index] = patch.arrays()
@@ -113,9 +115,8 @@ class Controller:
             for layer, heads in patch.heads.items():
                 where = layout.attention[patch.part, layer]
                 values = torch.tensor(list(heads.values()), dtype=torch.float64)
-                record.strengths[patch.index, patch.part, layer] = values.to(*_home(where.module))
+                record.strengths[patch.index, patch.part, layer] = values.to(*home(where.module))
         self._swap([*self.records, record], layout)
-        self.next_id += 1
         return record
 
     def uninstall(self, record_id: int) -> None:
@@ -229,7 +230,7 @@ class Controller:
 
     def _update_salt(self) -> None:
         active = {e.key[0] for s in self.states.values() if s.plan for e in s.plan.edits}
-        self.recipe_salt = "|".join(r.salt for r in self.records if r.id in active)
+        self.recipe_salt = "|".join(r.salt for r in self.records if r.recipe.digest in active)
         scopes = {patch.method.scope for r in self.records for patch in r.resolved}
         self.by_prompt, self.by_request = "prompt" in scopes, "request" in scopes
 
@@ -340,17 +341,6 @@ def _plans(records: list[Record], layout: Layout) -> dict[tuple[str, int], Layer
                 arrays = {n: a.to(strength.device) for n, a in record.arrays.get(patch.index, {}).items()}
                 index = torch.tensor(ids, dtype=torch.long, device=strength.device)
                 edits.setdefault((patch.part, layer), []).append(
-                    Edit(patch.method, index, strength, (record.id, patch.index), arrays)
+                    Edit(patch.method, index, strength, (record.recipe.digest, patch.index), arrays)
                 )
     return {key: LayerPlan.build(layout.attention[key].num_heads, found) for key, found in edits.items()}
-
-
-def _home(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and arithmetic dtype of a layer's strengths."""
-    found = next((p for p in module.parameters()), None)
-    hook: Any = getattr(module, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    if device is None:
-        device = found.device if found is not None and found.device.type != "meta" else "cpu"
-    double = found is not None and found.dtype == torch.float64
-    return torch.device(device), torch.float64 if double else torch.float32

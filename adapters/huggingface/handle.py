@@ -37,6 +37,12 @@ class HuggingFaceHandle:
         state = "model gone" if root is None else ("applied" if self._find() else "removed")
         return f"<headpatch handle: {self._recipe.name or 'unnamed recipe'} on {type(root).__name__}, {state}>"
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HuggingFaceHandle) and (self._id, self._root) == (other._id, other._root)
+
+    def __hash__(self) -> int:
+        return hash(self._id)
+
     @property
     def recipe(self) -> Recipe:
         """The recipe that was applied."""

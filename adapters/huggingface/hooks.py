@@ -85,7 +85,7 @@ class PrefillProbe:
         run = type(root)._prefill.__get__(root)
         if "prompt_len" in self.controller.call_data:
             return run(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        mask = model_kwargs.get("attention_mask")
+        mask = model_kwargs.get("decoder_attention_mask" if root.config.is_encoder_decoder else "attention_mask")
         lengths = mask.sum(-1) if mask is not None and mask.ndim == 2 else torch.full((len(input_ids),), input_ids.shape[1])
         with self.controller.given({"prompt_len": lengths}):
             return run(input_ids, generation_config, model_kwargs, *args, **kwargs)

@@ -81,10 +81,11 @@ class Call:
         return attend(q, k, v, mask=mask, causal=causal, scale=self.scale, softcap=self.softcap)
 
 
-def first_token(call: Call, weight: Tensor, head_scale: Tensor | None = None) -> Tensor:
+def first_token(call: Call, weight: Tensor, head_scale: Tensor | None = None, gentle: bool = False) -> Tensor:
     """Attention with the first token's weight multiplied by `weight` [H], and outputs by `head_scale` [H]; [b, q, H, d].
 
-    The kernel runs on all keys but the first; one fused pass puts the first back with its weight.
+    The kernel runs on all keys but the first; one fused pass puts the first back with its weight. Where no weight is small
+    (`gentle`), a decoding step on CUDA instead corrects the whole kernel's output in place: fewer launches, no copy.
     """
     q, k, v = call.q, call.k, call.v
     b, heads, n_q = q.shape[:3]
@@ -97,6 +98,12 @@ def first_token(call: Call, weight: Tensor, head_scale: Tensor | None = None) ->
     if k.shape[2] == 1:  # the kernel must not be called without keys
         rest = v.new_zeros(b, heads, n_q, v.shape[-1])
         lse = torch.full((b, heads, n_q), -math.inf, dtype=score_dtype(q), device=q.device)
+    elif gentle and n_q == 1 and q.device.type == "cuda" and call.sinks is None and not torch.compiler.is_compiling():
+        whole, lse = call.attend(q, k, v, None)
+        return merge_first_token(
+            q, k, v, whole, lse, weight, scale=call.scale, complement=False, head_scale=head_scale,
+            softcap=call.softcap or 0.0, inplace=True,
+        )  # fmt: skip
     elif causal:  # query 0 sees nothing but the first token; the merge knows that from the missing row
         rest, lse = call.attend(q[:, :, 1:], k[:, :, 1:], v[:, :, 1:], None, causal=True)
     else:
@@ -161,11 +168,13 @@ def _masked_block(call: Call, weight: Tensor, head_scale: Tensor | None, start: 
 
 Segments = Callable[[int, int], list[Tensor]]
 """Masks of the segments that a plan's edits name, for queries start..stop, each broadcastable to [b, H, q, n]."""
+Owned = tuple[tuple[int, ...], ...]
+"""Per edit, its segments' places in what a :data:`Segments` returns."""
 OperandsAt = Callable[[Edit, int, int], dict[str, Any]]
 """What an edit's method asked for, for queries start..stop."""
 
 
-def by_cells(call: Call, edits: tuple[Edit, ...], segments: Segments, owned: tuple[tuple[int, ...], ...], operands: OperandsAt) -> Tensor:
+def by_cells(call: Call, edits: tuple[Edit, ...], segments: Segments, owned: Owned, operands: OperandsAt) -> Tensor:
     """Attention with any mass edits; `owned` lists, per edit, its segments' places in what `segments` returns."""
     n_q, n_k = call.q.shape[2], call.seen.keys
     k, v = call.k[:, :, :n_k], call.v[:, :, :n_k]  # what is behind are unwritten slots of a static cache
@@ -206,7 +215,7 @@ def _and(mask: Tensor | None, cell: Tensor) -> Tensor:
     return torch.where(cell, mask, torch.finfo(mask.dtype).min)
 
 
-def explicit(call: Call, edits: tuple[Edit, ...], segments: Segments, owned: tuple[tuple[int, ...], ...], operands: OperandsAt) -> Tensor:
+def explicit(call: Call, edits: tuple[Edit, ...], segments: Segments, owned: Owned, operands: OperandsAt) -> Tensor:
     """Attention with scores edits (and any mass edits beside them), a block of queries' scores at a time."""
     step = 256
     n_q, n_k, dtype = call.q.shape[2], call.seen.keys, score_dtype(call.q)

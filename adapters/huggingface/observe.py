@@ -71,7 +71,7 @@ class Observed(dict[tuple[str, str], list[Tensor]]):
 
 @contextlib.contextmanager
 def observing(
-    root: nn.Module, operands: Iterable[str], heads: Any, part: str | None = None, window: int = 32
+    root: nn.Module, operands: Iterable[Any], heads: Any, part: str | None = None, window: Any = 32
 ) -> Iterator[Observed]:
     """See :func:`headpatch.observe`."""
     names = tuple(operands)

@@ -102,10 +102,10 @@ class OperandServer:
             raise EngineError(f"layer {self.state.name} was called outside its model's forward; call the model")
         return self.rows
 
-    def _first(self) -> Tensor:
-        """[b] or [b, q] column of the first real token."""
+    def _first(self, of_keys: bool = False) -> Tensor:
+        """[b] or [b, q] column of the first real token, of the queries or (in cross-attention another thing) of the keys."""
         rows, q = self._known(), self.call.q
-        first = rows.cross_first if self.state.part == "cross" else rows.first
+        first = rows.cross_first if of_keys and self.state.part == "cross" else rows.first
         if first is None:
             return torch.zeros(q.shape[0], dtype=torch.long, device=q.device)
         first = first.to(q.device)
@@ -122,7 +122,7 @@ class OperandServer:
         """[b] real tokens of each row's prompt."""
         rows, q = self._known(), self.call.q
         given = rows.known.get("prompt_len")
-        if given is not None:
+        if given is not None and self.state.part in ("text", "decoder", "cross"):
             b = q.shape[0]
             if not len(given) or b % len(given):
                 raise EngineError(f"inputs(prompt_len=...) has {len(given)} entries, the batch has {b} rows: give one per row")
@@ -189,7 +189,7 @@ class OperandServer:
             raise EngineError(f"inputs(without_image=...) names {len(given)} rows, the batch has {b}")
         for row, other in enumerate(given):
             if other is not None and not (0 <= other < b and other != row):
-                raise EngineError(f"inputs(without_image=...)[{row}] is {other}: name another row of the batch, 0 to {b - 1}, or None")
+                raise EngineError(f"inputs(without_image=...)[{row}] is {other}: name another row, 0 to {b - 1}, or None")
         return torch.tensor([-1 if r is None else int(r) for r in given], device=self.call.q.device)
 
     # --- attention statistics ---------------------------------------------------------------------------------------------
@@ -336,7 +336,7 @@ class OperandServer:
             raise EngineError(f"inputs(spans=...) has {len(inside)} entries, the batch has {b} rows: give one per row")
         if self.state.part != "cross":
             self._check_spans(spans.ranges)
-        first = self._first()
+        first = self._first(of_keys=True)
         start = first if first.ndim == 1 else first[:, 0]
         inside = inside.to(first.device).repeat_interleave(b // len(inside), 0)
         columns = torch.arange(self.call.k.shape[2], device=first.device)[None] + self._offset() - start[:, None]
@@ -354,8 +354,8 @@ class OperandServer:
             end = max((stop for _, stop in spans[row]), default=0)
             if end > length:
                 raise EngineError(
-                    f"inputs(spans=...): spans[{row}] ends at token {end}, and that row's prompt has {length}. If the prompt comes in "
-                    "chunks, say how long it is with inputs(prompt_len=...)"
+                    f"inputs(spans=...): spans[{row}] ends at token {end}, and that row's prompt has {length}. If the prompt "
+                    "comes in chunks, say how long it is with inputs(prompt_len=...)"
                 )
         kept["spans",] = lengths
 
@@ -376,7 +376,8 @@ class OperandServer:
                 here = torch.cat([nn.functional.pad(before, (0, past - before.shape[1])), here], 1)
             elif past:
                 raise EngineError(
-                    f"layer {self.state.name}: operand 'image_tokens': the prompt came in before this call; start with an empty cache"
+                    f"layer {self.state.name}: operand 'image_tokens': the prompt came in before this call; start with an empty "
+                    "cache"
                 )
             rows.images = kept["image_tokens",] = here
         return rows.images

@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from headpatch.methods.base import ORDER, MassMethod, Method, OutputMethod
 from headpatch.operands import Segment
 
-__all__ = ["Edit", "LayerPlan"]
+__all__ = ["Edit", "LayerPlan", "home"]
+
+
+GENTLE = 0.25
+"""From this weight on, correcting a finished attention output loses at most two bits, less than bf16's own rounding of it."""
 
 
 @dataclass
@@ -28,7 +32,7 @@ class Edit:
     strength
         [h] in the model's arithmetic dtype (fp64 for fp64 models, else fp32); a leaf with gradients when strengths are trained.
     key
-        (record id, patch index): whose edit this is; state is kept under it.
+        (digest of the recipe, patch index): whose edit this is; state is kept under it, also when the recipe is applied again.
     arrays
         The recipe's tensors, for methods that need them.
     """
@@ -36,7 +40,7 @@ class Edit:
     method: Method
     heads: Tensor
     strength: Tensor
-    key: tuple[int, int]
+    key: tuple[str, int]
     arrays: dict[str, Tensor] = field(default_factory=dict)
 
     def spread(self, values: Tensor, num_heads: int, neutral: float = 1.0) -> Tensor:
@@ -63,6 +67,8 @@ class LayerPlan:
         because a decoding step asks in every layer.
     segments, owned
         Distinct segments that the mass and scores edits name, and each such edit's places among them.
+    gentle
+        Whether no first-token weight is below GENTLE.
     bias
         Buffer of :meth:`first_bias`.
     """
@@ -76,6 +82,7 @@ class LayerPlan:
     edits_masses: bool = False
     segments: tuple[Segment, ...] = ()
     owned: tuple[tuple[int, ...], ...] = ()
+    gentle: bool = False
     bias: Tensor | None = field(default=None, repr=False)
 
     @classmethod
@@ -93,6 +100,7 @@ class LayerPlan:
         plan.owned = tuple(tuple(plan.segments.index(s) for s in of_edit) for of_edit in named)
         if not plan.trainable:
             plan.first_weight, plan.scale = plan.constants()
+            plan.gentle = plan.first_weight is not None and float(plan.first_weight.min()) >= GENTLE
         return plan
 
     def family(self, *families: str) -> tuple[Edit, ...]:
@@ -140,3 +148,14 @@ def _product(tensors: list[Tensor]) -> Tensor:
     for t in tensors[1:]:
         total = total * t
     return total
+
+
+def home(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and arithmetic dtype of a layer's strengths."""
+    found = next((p for p in module.parameters()), None)
+    hook: Any = getattr(module, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    if device is None:
+        device = found.device if found is not None and found.device.type != "meta" else "cpu"
+    double = found is not None and found.dtype == torch.float64
+    return torch.device(device), torch.float64 if double else torch.float32

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from headpatch.adapters.huggingface import attention as patched
-from headpatch.adapters.huggingface.plan import LayerPlan
+from headpatch.adapters.huggingface.plan import LayerPlan, home
 
 if TYPE_CHECKING:
     from headpatch.adapters.huggingface.controller import Controller
@@ -72,9 +72,8 @@ def _check(module: Any, state: patched.LayerState, compiled: bool) -> CheckResul
     assert plan is not None
     if plan.needs - {"first_token"}:
         return CheckResult(state.name, compiled, True, 0.0, 0.0, f"its methods need {', '.join(sorted(plan.needs))}")
-    parameter = next((p for p in module.parameters() if p.is_floating_point() and p.device.type != "meta"), None)
-    dtype = parameter.dtype if parameter is not None and parameter.dtype in BOUND else torch.float32
-    device = parameter.device if parameter is not None else torch.device("cpu")
+    device, _ = home(module)
+    dtype = next((p.dtype for p in module.parameters() if p.dtype in BOUND), torch.float32)
     width = int(getattr(module, "head_dim", 0) or 32)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (

@@ -121,7 +121,7 @@ def merge_first_token(
     shift = lq - o.shape[2]
     if shift not in (0, 1) or (shift and (inplace or not complement)) or H % k.shape[1]:
         raise ValueError(f"o {tuple(o.shape)} does not fit q {tuple(q.shape)} and k {tuple(k.shape)} here")
-    start = k.shape[2] - lq if q_start is None else q_start
+    start = 0 if window <= 0 else k.shape[2] - lq if q_start is None else q_start  # read with a window only
     if backend == "torch" or (backend is None and not _kernel_can(q, o, gamma)):
         return plain.merge_dense(
             q, k, v, o, lse, gamma, head_scale, first, mask, sink, scale, complement, kv_offset, window, start, softcap, inplace,
@@ -211,7 +211,9 @@ def merge_first_token_paged(
 
 def _narrow(mask: Tensor | None) -> Tensor | None:
     """A mask without its expanded dimensions: a compiler might lay them out in full."""
-    for dim in range(3 if mask is not None else 0):
+    if mask is None:
+        return None
+    for dim in range(3):
         if mask.stride(dim) == 0 and mask.shape[dim] > 1:
             mask = mask.narrow(dim, 0, 1)
     return mask
@@ -276,7 +278,9 @@ def _launch_dense(
 ) -> None:  # fmt: skip
     """`out` is [b, lq, H, dv]; `kernel` is the Triton kernel or torch's wrapping of it."""
     _check_strides(gamma, head_scale, q, k, v, o)
-    (b, H, lq, d), (K, lk), dv = q.shape, k.shape[1:3], o.shape[3]
+    (b, _, lq, _), lk = q.shape, k.shape[2]
+    # A compiler may have symbols for these; they are constants of the kernel.
+    H, K, d, dv = (int(n) for n in (q.shape[1], k.shape[1], q.shape[3], o.shape[3]))
     head_blocks, gb, bt, dp, dvp, warps = _tile(H, K, d, dv, bool(lq > 1))
     per_query = first is not None and first.dim() == 2
     f_b, f_t = _strides(first, 2) if per_query else (*_strides(first, 1), 0)
@@ -287,7 +291,7 @@ def _launch_dense(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], *lse.stride(), y_b, y_h, y_t,
         *_strides(mask, 4), f_b, f_t,
         KH=K, G=H // K, D=d, DV=dv, DP=dp, DVP=dvp, BT=bt, GB=gb, SHIFT=lq - o.shape[2], COMPLEMENT=complement,
-        INPLACE=inplace, PER_QUERY=per_query, WINDOW=window > 0, SOFTCAP=softcap > 0.0,
+        INPLACE=inplace, PER_QUERY=per_query, WINDOW=bool(window > 0), SOFTCAP=bool(softcap > 0.0),
         MASK_BOOL=mask is not None and mask.dtype == torch.bool, num_warps=warps,
     )  # fmt: skip
 
@@ -298,7 +302,8 @@ def _launch_paged(
     row_slot: Tensor | None, sink: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None, scale: float,
     complement: bool, block_ratio: int, window: int, softcap: float, inplace: bool,
 ) -> None:  # fmt: skip
-    (T, H, d), K, dv, rows = q.shape, key_cache.shape[1], o.shape[2], block_table.shape[0]
+    T, rows = q.shape[0], block_table.shape[0]
+    H, d, K, dv = (int(n) for n in (q.shape[1], q.shape[2], key_cache.shape[1], o.shape[2]))
     if T == 0 or rows == 0:
         return
     _check_strides(gamma, head_scale, q, o, out)
@@ -310,7 +315,7 @@ def _launch_paged(
         *q.stride()[:2], *_outer(key_cache), *_outer(value_cache), *o.stride()[:2], lse.stride(1), lse.stride(0),
         *out.stride()[:2], block_table.stride(0), gamma.stride(0), 0 if head_scale is None else head_scale.stride(0),
         KH=K, G=H // K, D=d, DV=dv, DP=dp, DVP=dvp, BT=bt, GB=gb, COMPLEMENT=complement, INPLACE=inplace,
-        WINDOW=window > 0, SOFTCAP=softcap > 0.0, STEPS=-(-int(rows).bit_length() // 4) * 4, num_warps=warps,
+        WINDOW=bool(window > 0), SOFTCAP=bool(softcap > 0.0), STEPS=-(-int(rows).bit_length() // 4) * 4, num_warps=warps,
     )  # fmt: skip
 
 

@@ -152,8 +152,8 @@ def _first_token(
     if first is None:
         index = torch.full((1, 1), -kv_offset, dtype=torch.int64, device=k.device)
         inside = 0 <= -kv_offset < lk
-        at = -kv_offset if inside else 0
-        k0, v0 = k[:, :, at : at + 1], v[:, :, at : at + 1]
+        start = -kv_offset if inside else 0
+        k0, v0 = k[:, :, start : start + 1], v[:, :, start : start + 1]
         if not inside:
             seen = torch.zeros((1, 1, 1), dtype=torch.bool, device=k.device)
     else:
@@ -218,7 +218,7 @@ def merge_paged(
     if row_slot is not None:
         slot = row_slot[row].long()
     else:
-        assert block_slot is not None  # noqa: S101  (checked by the caller)
+        assert block_slot is not None  # checked by the caller
         ok = ok & (block > 0)
         slot = block_slot[block.clamp(min=0) // block_ratio].long()
     ok = ok & (slot >= 0)
