@@ -21,6 +21,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
+# Test processes. torch brings threads of its own, so more than a few gain little.
+JOBS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
@@ -74,7 +76,7 @@ demo: $(STAMPS)/demo
 	@$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 test: $(TESTED)
-	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(TESTED)
 	@$(BIN)/python .ci/test_all.py $(PYTEST_ARGS)
@@ -91,5 +93,6 @@ docs: $(STAMPS)/dev
 	@$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	test ! -d $(STAMPS) || rm -rf $(VENV)
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

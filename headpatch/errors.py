@@ -39,9 +39,7 @@ class RecipeError(HeadpatchError):
 
     def at(self, *, source: str | None = None, key: str | None = None) -> RecipeError:
         """Return a copy that says where it happened; what is already known is kept."""
-        return RecipeError(
-            self.problem, source=self.source or source, key=self.key or key, remedy=self.remedy
-        )
+        return RecipeError(self.problem, source=self.source or source, key=self.key or key, remedy=self.remedy)
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild_recipe_error, (self.problem, self.source, self.key, self.remedy)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from headpatch.errors import HeadpatchError, UnsupportedModelError
@@ -47,8 +47,9 @@ class Handle(Protocol):
     def report(self) -> Any:
         """What was patched, and whether it fires."""
 
-    def inputs(self, **data: Any) -> Any:
-        """Context manager for data given per call, one entry per row."""
+    @property
+    def inputs(self) -> Callable[..., Any]:
+        """Called with data for the next calls, one entry per row; returns a context manager."""
 
 
 class Adapter(Protocol):

@@ -152,7 +152,9 @@ def augment(
     bias = torch.cat(columns, -1)
     flags = members.to(k.dtype).repeat(1, 1, parts)
     pad = -(width + bias.shape[-1]) % multiple
-    q = torch.cat([q, bias[None, :, None].expand(q.shape[0], -1, q.shape[2], -1), q.new_zeros(()).expand(*q.shape[:3], pad)], -1)
+    q = torch.cat(
+        [q, bias[None, :, None].expand(q.shape[0], -1, q.shape[2], -1), q.new_zeros(()).expand(*q.shape[:3], pad)], -1
+    )
     k = torch.cat([k, flags[:, None].expand(-1, k.shape[1], -1, -1), k.new_zeros(()).expand(*k.shape[:3], pad)], -1)
     v = torch.cat([v, v.new_zeros(()).expand(*v.shape[:3], q.shape[-1] - v.shape[-1])], -1)
     return q, k, v

@@ -79,6 +79,9 @@ def new_tokens(model: Any, inputs: Tensor | dict[str, Tensor] | None = None, cou
     return out[:, given["input_ids"].shape[1] :]
 
 
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called", "_backward_hooks")
+
+
 def fingerprint(model: Any) -> dict[str, Any]:
     """Everything on a model that a patch could leave behind: configs by identity, attributes, hooks."""
     found: dict[str, Any] = {}
@@ -87,7 +90,7 @@ def fingerprint(model: Any) -> dict[str, Any]:
         found[name] = (
             id(config), repr(sorted(vars(config))) if config is not None else "",
             getattr(config, "_attn_implementation", None), tuple(sorted(module.__dict__)),
-            *(len(getattr(module, hooks)) for hooks in ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks")),
+            *(len(getattr(module, hooks)) for hooks in HOOKS),
             tuple(module.state_dict()), tuple(n for n, _ in module.named_buffers()),
         )  # fmt: skip
     return found

@@ -314,6 +314,8 @@ def _foreign(model: Any, cache: Any) -> None:
 
 PROMPT_CALLS = [
     case("second_turn", _two_turns, EngineError, "depend on the whole prompt cannot continue on a cache from an earlier"),
+    case("generate_without_cache", lambda m: m.generate(ids(1), use_cache=False, max_new_tokens=2), EngineError,
+         "cannot run under generate.use_cache=False., where every step looks like a longer prompt"),
     case("decode_without_prompt", lambda m: _foreign(m, DynamicCache()), EngineError, "filled under no recipe"),
     case("static_without_prompt", lambda m: _foreign(m, StaticCache(config=m.config, max_cache_len=20)), EngineError, "no recipe"),
     case("packed_rows", lambda m: logits(m, {"input_ids": ids(1), "position_ids": torch.tensor([[*range(5), *range(7)]])},

@@ -32,7 +32,11 @@ def off_by(model: Any, entry: Entry, inputs: Inputs, applied: list[dict[str, Any
     """Largest logit difference to the float64 reference on real tokens."""
     with torch.no_grad():
         actual = output(model(**on_gpu(inputs, model.dtype))).double().cpu()
-    want = expected(entry, inputs, applied, attn) if applied else reference(entry)(inputs, edits_for(entry, []), base=attn)
+    want = (
+        expected(entry, inputs, applied, attn)
+        if applied
+        else reference(entry)(inputs, edits_for(entry, []), base=attn)
+    )
     return float((actual - want)[inputs.real].abs().max())
 
 
@@ -65,10 +69,9 @@ def test_decode_bf16(name: str, gamma: float) -> None:
     ids = inputs.kwargs["input_ids"].cuda()
 
     def stepwise() -> Tensor:
-        cache, pieces = DynamicCache(), []
+        cache = DynamicCache()
         with torch.no_grad():
-            for i in range(ids.shape[1]):
-                pieces.append(model(ids[:, i : i + 1], past_key_values=cache).logits)
+            pieces = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(ids.shape[1])]
         return torch.cat(pieces, 1).double().cpu()
 
     applied = [{"headpatch": 1, "patches": [{"method": "zerotuning", "heads": ["*.*"], "gamma": gamma}]}]
@@ -106,7 +109,12 @@ def test_bitsandbytes(bits: int, tmp_path: Any) -> None:
     """Quantised weights: q, k, v arrive computed, so the edit equals the one on the same quantised model in the eager reference."""
     pytest.importorskip("bitsandbytes")
     config = LlamaConfig(
-        num_hidden_layers=2, hidden_size=128, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, vocab_size=99
+        num_hidden_layers=2,
+        hidden_size=128,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=99,
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
@@ -121,7 +129,9 @@ def test_bitsandbytes(bits: int, tmp_path: Any) -> None:
     with torch.no_grad():
         before = model(ids).logits
         outputs: list[Tensor] = []
-        hook = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, a: outputs.append(a[0].float()))
+        hook = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
+            lambda _, a: outputs.append(a[0].float())
+        )
         with headpatch.observe(model, ["q", "k", "v"], ["0.*"]) as seen, headpatch.applied(model, recipe) as handle:
             after = model(ids).logits
             assert handle.report(self_check=True).fires
@@ -130,7 +140,9 @@ def test_bitsandbytes(bits: int, tmp_path: Any) -> None:
         assert torch.equal(before, model(ids).logits)
     for head in range(4):
         q, k, v = (seen[name, f"0.{head}"][0].double() for name in "qkv")
-        scores = (q @ k.transpose(1, 2) * 32**-0.5).masked_fill(torch.ones(16, 16, device="cuda").triu(1).bool(), -torch.inf)
+        scores = (q @ k.transpose(1, 2) * 32**-0.5).masked_fill(
+            torch.ones(16, 16, device="cuda").triu(1).bool(), -torch.inf
+        )
         p = scores.softmax(-1)
         p[..., 0] *= 0.3
         want = (p / p.sum(-1, keepdim=True)) @ v

@@ -12,7 +12,7 @@ from exact import (
     CASES,
     Recipe,
     close,
-    edits_for,
+    close_in_bf16,
     expected,
     forward,
     make_cache,
@@ -22,9 +22,8 @@ from exact import (
     tolerance,
     usable,
 )
-from reference import reference
 from torch import Tensor
-from zoo import FULL, PARTIAL, REFUSED, ZOO, Entry, Inputs, output
+from zoo import FULL, PARTIAL, REFUSED, ZOO, Entry, output
 
 import headpatch
 
@@ -93,38 +92,18 @@ def test_with_gradients_on(entry: Entry, attn: str) -> None:
         close(result.detach(), expected(entry, inputs, applied, attn), inputs, 1e-4)
 
 
-def _spread(difference: Tensor, inputs: Inputs) -> tuple[float, float]:
-    """Root mean square, and largest, over real tokens."""
-    real = difference[inputs.real]
-    assert real.isfinite().all()
-    return float(real.square().mean().sqrt()), float(real.abs().max())
-
-
 @pytest.mark.parametrize("case", ["per_head", "scaling", "stacked"])
 @pytest.mark.parametrize(("entry", "attn"), BASES)
 def test_bf16(entry: Entry, attn: str, case: str) -> None:
-    """In bfloat16 the patched model is no further from float64 than the untouched model is, or the naive edit in bfloat16.
-
-    An edit can make a network more sensitive to rounding (gamma 100 raises one value to nearly the whole output), which is not
-    the adapter's doing; hence the naive edit as second yardstick. Bounds: 1.5 in root mean square; 2.5 in the maximum, which is
-    one draw from the tail.
-    """
+    """In bfloat16 an edit costs no more accuracy than bfloat16 itself does."""
     side = "left" if entry.caches else None
     lengths = [14, 12, 9, 5] if side else None
     inputs = entry.make_inputs(batch=4, lengths=lengths, padding_side=side, seed=2)
     applied = recipes(entry, case, seed=2)
-    edits = edits_for(entry, applied)
-    truth, naive = reference(entry, torch.bfloat16), reference(entry, torch.bfloat16, torch.bfloat16)
-    # Inputs in bfloat16 too, for everybody.
-    rounded = inputs.to(torch.bfloat16).to(torch.float64)
-    exact_plain, exact_edited = truth(rounded, base=attn), truth(rounded, edits, base=attn)
     with patched(entry, torch.bfloat16, attn, []) as model:
-        plain = _spread(forward(model, inputs).double() - exact_plain, inputs)
-    edited = _spread(naive(inputs, edits, base=attn).double() - exact_edited, inputs)
+        plain = forward(model, inputs)
     with patched(entry, torch.bfloat16, attn, applied) as model:
-        mine = _spread(forward(model, inputs).double() - exact_edited, inputs)
-    assert mine[0] <= 1.5 * max(plain[0], edited[0]) + 1e-3, (mine, plain, edited)
-    assert mine[1] <= 2.5 * max(plain[1], edited[1]) + 1e-3, (mine, plain, edited)
+        close_in_bf16(forward(model, inputs), plain, entry, inputs, applied, attn)
 
 
 @pytest.mark.parametrize(("entry", "attn"), BASES)
@@ -174,10 +153,15 @@ def test_other_heads_stay() -> None:
     """In a layer where one head is edited, outputs of the others (before the projection mixes them) stay, up to rounding."""
     entry = ZOO["llama"]
     inputs, seen = entry.make_inputs(), []
-    for patches in ([], [{"method": "zerotuning", "heads": {"0.2": 3.0}}, {"method": "head_scaling", "heads": {"0.2": 2.0}}]):
+    for patches in (
+        [],
+        [{"method": "zerotuning", "heads": {"0.2": 3.0}}, {"method": "head_scaling", "heads": {"0.2": 2.0}}],
+    ):
         applied: list[Recipe] = [{"headpatch": 1, "patches": patches}] if patches else []
         with patched(entry, torch.float32, "sdpa", applied) as model:
-            hook = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+            hook = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
+                lambda _, args: seen.append(args[0])
+            )
             forward(model, inputs)
             hook.remove()
     before, after = (x.unflatten(-1, (4, 16)) for x in seen)

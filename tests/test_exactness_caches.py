@@ -15,6 +15,7 @@ from exact import (
     CACHES,
     Recipe,
     close,
+    close_in_bf16,
     decode_sizes,
     edits_for,
     expected,
@@ -27,6 +28,7 @@ from exact import (
 )  # fmt: skip
 from reference import reference
 from test_exactness import BASES, LENGTHS, PADDED, one_thread
+from transformers import GenerationMixin
 from zoo import FULL, PAD, ZOO, Entry, Inputs, chunk, output
 
 import headpatch
@@ -40,7 +42,7 @@ SIDES = [None, "left", "right"]
 
 def _stepwise(entry: Entry, attn: str, inputs: Inputs, sizes: Sequence[int], kind: str, applied: list[Recipe],
               dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
-    if not usable(entry, dtype, attn, "left" if inputs.real.all() else None):
+    if not usable(entry, dtype, attn, None if inputs.real.all() else "left"):
         pytest.skip("the untouched model is not finite here")
     with patched(entry, dtype, attn, applied) as model:
         cache = make_cache(model, kind, inputs.real.shape[1] + 3)
@@ -73,6 +75,21 @@ def test_decode_fp64(entry: Entry, side: str | None, kind: str) -> None:
     inputs = entry.make_inputs(lengths=LENGTHS if side else None, padding_side=side, continuation=4)
     applied = recipes(entry, "stacked", seed=5)
     _stepwise(entry, entry.attn[0], inputs, decode_sizes(inputs), kind, applied, torch.float64)
+
+
+@pytest.mark.parametrize("kind", ["dynamic_config", "static"])
+@pytest.mark.parametrize(("entry", "attn"), PADDED)
+def test_decode_bf16(entry: Entry, attn: str, kind: str) -> None:
+    """Decoding in bfloat16 costs no more accuracy than bfloat16 itself does."""
+    inputs = entry.make_inputs(lengths=[14, 12, 9, 5], padding_side="left", continuation=8, seed=3)
+    applied = recipes(entry, "stacked", seed=3)
+
+    def run(these: list[Recipe]) -> torch.Tensor:
+        with patched(entry, torch.bfloat16, attn, these) as model:
+            cache = make_cache(model, kind, inputs.real.shape[1] + 3)
+            return run_cached(model, entry, inputs, decode_sizes(inputs), cache)
+
+    close_in_bf16(run(applied), run([]), entry, inputs, applied, attn)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "dynamic_config", "static"])
@@ -134,6 +151,45 @@ def test_generate(entry: Entry, attn: str, side: str | None, how: dict[str, Any]
     top = truth.topk(2).values
     clear = top[..., 0] - top[..., 1] > 2e-4
     assert torch.equal(truth.argmax(-1)[clear], made.sequences[:, prompt.prompt :][clear])
+
+
+@pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_generate_from_images(attn: str, how: dict[str, Any]) -> None:
+    """LLaVA: images in front, texts of different lengths, left-padded."""
+    entry = ZOO["llava"]
+    prompt, applied = entry.make_inputs(lengths=LENGTHS, padding_side="left"), recipes(entry, "stacked", seed=7)
+    with patched(entry, torch.float32, attn, applied) as model:
+        made = _generate(model, prompt, output_logits=True, pixel_values=prompt.kwargs["pixel_values"], **how)
+    inputs = _generated(made.sequences, prompt)
+    inputs.kwargs["pixel_values"] = prompt.kwargs["pixel_values"]
+    truth = expected(entry, inputs, applied, attn)[:, prompt.prompt - 1 :]
+    assert (torch.stack(made.logits, dim=1) - truth).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"cache_implementation": "static"}, {"num_beams": 3}], ids=["dynamic", "static", "beams"]
+)
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_generate_from_sounds(attn: str, how: dict[str, Any]) -> None:
+    """Whisper's three parts under the generate() of all encoder-decoders (its own wants timestamps and a real vocabulary)."""
+    entry = ZOO["whisper"]
+    prompt, applied = entry.make_inputs(lengths=[3, 3]), recipes(entry, "stacked", seed=7)
+    given = {k: prompt.kwargs[k] for k in ("input_features", "decoder_input_ids")}
+    with patched(entry, torch.float32, attn, applied) as model, torch.no_grad():
+        made = GenerationMixin.generate(
+            model, **given, max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_logits=True,
+            output_scores=True, pad_token_id=PAD, **how,
+        )  # fmt: skip
+    ids = made.sequences
+    kwargs = {**prompt.kwargs, "decoder_input_ids": ids[:, :-1], "decoder_position_ids": None}
+    real = torch.ones_like(ids[:, :-1], dtype=torch.bool)
+    truth = expected(entry, replace(prompt, kwargs=kwargs, real=real), applied, attn)[:, prompt.prompt - 1 :]
+    if "num_beams" not in how:
+        assert (torch.stack(made.logits, dim=1) - truth).abs().max() <= 1e-4
+    else:
+        chosen = truth.log_softmax(-1).gather(-1, ids[:, prompt.prompt :, None])[..., 0]
+        assert (chosen.sum(-1) / chosen.shape[1] - made.sequences_scores).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("side", [None, "left"])

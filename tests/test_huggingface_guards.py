@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import transformers
 from compat import A, B, C, fingerprint, ids, left_padded, logits, new_tokens, one_thread, recipe, silent
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 from zoo import BOS, PAD, ZOO
 
@@ -285,6 +286,25 @@ def test_an_attention_module_called_outside_its_model(model):
     mask = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
     with pytest.raises(EngineError, match="outside its model's forward"):
         layer(x, position_embeddings=cos_sin, attention_mask=mask)
+
+
+def test_an_error_inside_a_forward_leaves_nothing_behind(model):
+    """The call's cache is not kept alive, and the next call is not affected."""
+    headpatch.apply(model, A)
+    patched, cache = logits(model), DynamicCache()
+
+    def fail(*_: Any) -> None:
+        raise KeyError
+
+    watch = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(KeyError):
+        logits(model, past_key_values=cache)
+    watch.remove()
+    gone = weakref.ref(cache)
+    del cache
+    gc.collect()
+    assert gone() is None
+    assert torch.equal(logits(model), patched)
 
 
 def test_a_copied_config_does_not_smuggle_the_patch(model):

@@ -22,14 +22,20 @@ def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
 
-def cpu_kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def cpu_kernel(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
     """Stands in for the CUDA kernel: one head per head, no groups."""
     assert q.shape[1] == k.shape[1]
-    out: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    out: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=bias, scale=scale
+    )
     return out[0], out[1]
 
 
-@pytest.mark.parametrize(("batch", "keys", "pieces"), [(1, 4096, 16), (2, 1024, 4), (3, 700, 1), (64, 1024, 1), (1, 520, 1)])
+@pytest.mark.parametrize(
+    ("batch", "keys", "pieces"), [(1, 4096, 16), (2, 1024, 4), (3, 700, 1), (64, 1024, 1), (1, 520, 1)]
+)
 def test_one_query_over_pieces_of_the_keys(batch: int, keys: int, pieces: int) -> None:
     """Folded heads and split keys give the attention of the whole, also where a piece is hidden throughout."""
     assert lse._pieces(batch * 2, keys) == pieces

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from exact import CACHES, CASES, FP32, close, decode_sizes, edits_for, forward, make_cache, recipes, run_cached, usable
 from reference import edit_first, edit_rows, edits_of, reference
+from torch import Tensor
 from zoo import FULL, ZOO, Entry, Part
 
 ENTRIES = [pytest.param(entry, id=name) for name, entry in ZOO.items()]
@@ -99,6 +101,51 @@ def test_one_head_at_a_time(name: str) -> None:
             for kind, strength in (("zerotuning", 5.0), ("zerotuning", 0.1), ("head_scaling", 0.5)):
                 changed = ref(inputs, {"text": {layer: [(kind, {head: strength})]}}, base=base)
                 assert (changed - untouched).abs().max() > 10 * FP32, (layer, head, kind, strength)
+
+
+def _unnormalised(row: Tensor, column: Tensor, gamma: Tensor) -> Tensor:
+    return torch.where(column, row * gamma[:, None, None], row)
+
+
+def _by_kv_head(row: Tensor, column: Tensor, gamma: Tensor) -> Tensor:
+    return edit_first(row, column, gamma[torch.arange(len(gamma)) % 2])
+
+
+def _last_query_only(row: Tensor, column: Tensor, gamma: Tensor) -> Tensor:
+    last = torch.arange(row.shape[2]) == row.shape[2] - 1
+    return torch.where(last[:, None], edit_first(row, column, gamma), row)
+
+
+def _without_sink(row: Tensor, column: Tensor, gamma: Tensor) -> Tensor:
+    keys = edit_first(row[..., :-1] / row[..., :-1].sum(-1, keepdim=True), column[..., :-1], gamma)
+    return torch.cat([keys * row[..., :-1].sum(-1, keepdim=True), row[..., -1:]], dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("llama", _unnormalised), ("llama", _by_kv_head), ("llama", _last_query_only), ("gpt_oss", _without_sink)],
+)
+def test_wrong_maths_is_noticed(name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faults in the arithmetic that adapters can have: each is 100 tolerances away from right."""
+    entry = ZOO[name]
+    inputs, edits = entry.make_inputs(), edits_for(entry, recipes(entry, "per_head"))
+    right = reference(entry)(inputs, edits)
+    monkeypatch.setattr("reference.edit_first", wrong)
+    assert (reference(entry)(inputs, edits) - right).abs().max() > 100 * FP32
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "gpt_oss"])
+def test_wrong_first_tokens_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In sliding layers the window's start is not the first token; and rows that cannot see it must not be edited."""
+    entry = ZOO[name]
+    inputs, edits = entry.make_inputs(), edits_for(entry, recipes(entry, "per_head"))
+    right = reference(entry)(inputs, edits)
+
+    def window_start(first: Tensor, b: int, q_len: int, n: int, visible: Tensor) -> Tensor:
+        return torch.arange(n) == visible.int().argmax(-1, keepdim=True)
+
+    monkeypatch.setattr("reference._first_column", window_start)
+    assert (reference(entry)(inputs, edits) - right).abs().max() > 100 * FP32
 
 
 def test_zerotuning_is_a_logit_bias() -> None:

@@ -87,7 +87,7 @@ def prompts(folder: Path) -> dict[str, Inputs]:
 
 def moderate() -> dict[str, Any]:
     """One gamma per layer and head in [0.2, 3], and scales on some heads."""
-    rng = random.Random(2)  # noqa: S311
+    rng = random.Random(2)
     heads = [f"{la}.{h}" for la in range(LAYERS) for h in range(HEADS)]
     gammas = {head: rng.uniform(0.2, 3.0) for head in heads}
     scales = {head: rng.choice([0.0, 0.5, 1.5]) for head in rng.sample(heads, 20)}
@@ -97,7 +97,7 @@ def moderate() -> dict[str, Any]:
 
 def extreme() -> dict[str, Any]:
     """Gammas that break formulas which subtract: 0 and next to 0 where the sink has nearly all the mass, and 100."""
-    rng = random.Random(3)  # noqa: S311
+    rng = random.Random(3)
     heads = [f"{la}.{h}" for la in range(LAYERS) for h in range(HEADS)]
     gammas = {head: rng.choice([0.0, 1e-4, 1e-2, 100.0]) for head in rng.sample(heads, 60)}
     return {"headpatch": 1, "patches": [{"method": "zerotuning", "heads": gammas}]}
@@ -119,7 +119,9 @@ def _generated(sequences: Tensor, prompt: Inputs) -> Inputs:
 
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("which", ["single", "padded"])
-def test_prompt_and_64_tokens(model: Any, naive: Any, prompts: dict[str, Inputs], which: str, cache: str | None) -> None:
+def test_prompt_and_64_tokens(
+    model: Any, naive: Any, prompts: dict[str, Inputs], which: str, cache: str | None
+) -> None:
     """Logits of the prompt and of every generated token are within 1e-3 of float64; removal restores every bit."""
     prompt, recipe = prompts[which], moderate()
     positions = (prompt.real.long().cumsum(-1) - 1).clamp_min(0)

@@ -55,7 +55,9 @@ def _llava() -> Any:
     text = transformers.LlamaConfig(**_TEXT)
     vision = transformers.CLIPVisionConfig(**_VISION, projection_dim=HIDDEN)
     # The last layer's features: with the default of -2 nothing would see the last layer of the vision tower.
-    return transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE, vision_feature_layer=-1)
+    return transformers.LlavaConfig(
+        text_config=text, vision_config=vision, image_token_index=IMAGE, vision_feature_layer=-1
+    )
 
 
 def _whisper() -> Any:

@@ -46,7 +46,9 @@ class Part:
     num_kv_heads: int = KV_HEADS
 
     @classmethod
-    def of(cls, name: str, layers: int, heads: int = HEADS, kv_heads: int = KV_HEADS, only: tuple[int, ...] = ()) -> Part:
+    def of(
+        cls, name: str, layers: int, heads: int = HEADS, kv_heads: int = KV_HEADS, only: tuple[int, ...] = ()
+    ) -> Part:
         """`name` has one ``{}`` for the layer number; `only` lists the softmax layers where not all are."""
         return cls({i: name.format(i) for i in (only or range(layers))}, layers, heads, kv_heads)
 
@@ -133,7 +135,9 @@ class Entry:
         """Whether the model decodes with a cache."""
         return self.kind != "image"
 
-    def build(self, dtype: torch.dtype = torch.float32, attn: str = "sdpa", *, weights: torch.dtype | None = None) -> Any:
+    def build(
+        self, dtype: torch.dtype = torch.float32, attn: str = "sdpa", *, weights: torch.dtype | None = None
+    ) -> Any:
         """A fresh model in eval mode; the same weights at every call.
 
         Parameters
@@ -174,7 +178,9 @@ class Entry:
         if self.kind == "image":
             pixels = torch.randn(len(lengths), 3, 16, 16, generator=g)
             zero = torch.zeros(len(lengths), dtype=torch.long)
-            return Inputs({"pixel_values": pixels}, torch.ones(len(lengths), 17, dtype=torch.bool), {self.main: zero}, 17)
+            return Inputs(
+                {"pixel_values": pixels}, torch.ones(len(lengths), 17, dtype=torch.bool), {self.main: zero}, 17
+            )
 
         image_tokens = 16 if self.kind == "image_text" else 0
         lengths = [n + image_tokens for n in lengths]

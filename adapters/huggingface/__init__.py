@@ -30,7 +30,11 @@ class HuggingFaceAdapter:
         bases = {c.__name__ for c in type(obj).__mro__}
         if bases & (MODEL_BASES | CONFIG_BASES):
             return True
-        inner = [getattr(obj, name, None) for name in ("model", "module", "base_model", "_orig_mod")] if "Module" in bases else []
+        inner = (
+            [getattr(obj, name, None) for name in ("model", "module", "base_model", "_orig_mod")]
+            if "Module" in bases
+            else []
+        )
         return any({c.__name__ for c in type(m).__mro__} & MODEL_BASES for m in inner)
 
     def shape(self, obj: Any) -> ModelShape:

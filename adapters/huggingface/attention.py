@@ -182,7 +182,7 @@ def _base(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Call the implementation that the module would have used without us."""
     name = state.config._attn_implementation
-    default = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    default: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
     if is_causal is not None:
         kwargs = {**kwargs, "is_causal": is_causal}

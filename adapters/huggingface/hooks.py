@@ -82,11 +82,18 @@ class PrefillProbe:
                 "a recipe whose edits depend on the whole prompt cannot continue on a cache from an earlier turn; start with an "
                 "empty cache"
             )
+        if cache is None and self.controller.by_prompt:
+            raise EngineError(
+                "a recipe whose edits depend on the whole prompt cannot run under generate(use_cache=False), where every step looks "
+                "like a longer prompt; leave the cache on"
+            )
         run = type(root)._prefill.__get__(root)
         if "prompt_len" in self.controller.call_data:
             return run(input_ids, generation_config, model_kwargs, *args, **kwargs)
         mask = model_kwargs.get("decoder_attention_mask" if root.config.is_encoder_decoder else "attention_mask")
-        lengths = mask.sum(-1) if mask is not None and mask.ndim == 2 else torch.full((len(input_ids),), input_ids.shape[1])
+        lengths = (
+            mask.sum(-1) if mask is not None and mask.ndim == 2 else torch.full((len(input_ids),), input_ids.shape[1])
+        )
         with self.controller.given({"prompt_len": lengths}):
             return run(input_ids, generation_config, model_kwargs, *args, **kwargs)
 

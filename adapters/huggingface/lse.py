@@ -1,7 +1,7 @@
 """Attention that also says its log-sum-exp: one small interface over what each device has.
 
-``attend(q, k, v, ...) -> (o, L)`` with o [b, H, q, d] and L [b, H, q] (fp32, fp64 for fp64 inputs; natural log; -inf where a row sees no
-key). The sources, best first; the first that can take the call is used:
+``attend(q, k, v, ...) -> (o, L)`` with o [b, H, q, d] and L [b, H, q] (fp32, fp64 for fp64 inputs; natural log; -inf where a row
+sees no key). The sources, best first; the first that can take the call is used:
 
 * CPU: ``aten._scaled_dot_product_flash_attention_for_cpu``. Traps: no keys at all kills the process (SIGFPE); a row that is masked
   with -inf throughout reports L = 0; boolean masks are refused; ``is_causal`` aligns top-left; value width must equal key width.
@@ -129,7 +129,7 @@ def _prefers_cudnn(device: torch.device) -> bool:
     """Whether untouched SDPA would take cuDNN for a long prompt here."""
     if torch.compiler.is_compiling() or not torch.backends.cuda.cudnn_sdp_enabled():
         return False
-    return _has_fast_cudnn(torch.cuda.current_device() if device.index is None else device.index)
+    return _has_fast_cudnn(device.index if device.index >= 0 else torch.cuda.current_device())
 
 
 def _efficient(
@@ -204,9 +204,7 @@ def attend_tiled(
     With gradients each block is recomputed in the backward pass instead of stored. `bias` [b or 1, H, 1, n] is added to the
     scores (after soft-capping) and is differentiable too.
     """
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (q, k, v, bias)
-    )
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias))
     outs, lses = [], []
     for i in range(0, q.shape[2], BLOCK):
         block = q[:, :, i : i + BLOCK]

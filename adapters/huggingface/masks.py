@@ -43,9 +43,7 @@ class Visible:
         return (torch.arange(self.keys, device=self.device) <= rows)[None, None]
 
 
-def visible(
-    mask: object, base: str, q: Tensor, k: Tensor, causal: bool, window: int | None
-) -> Visible:
+def visible(mask: object, base: str, q: Tensor, k: Tensor, causal: bool, window: int | None) -> Visible:
     """Build a :class:`Visible` from what transformers passed to the attention function.
 
     Parameters
@@ -66,7 +64,9 @@ def visible(
     if mask is None and not flash:
         if n_q == 1 or not causal:
             return Visible("all", n_q, n_k, q.device)
-        return Visible("causal", n_q, n_q, q.device)  # the base aligns top-left: keys beyond n_q are unwritten static slots
+        return Visible(
+            "causal", n_q, n_q, q.device
+        )  # the base aligns top-left: keys beyond n_q are unwritten static slots
     if isinstance(mask, Tensor) and mask.ndim == 4:
         dense = mask[..., :n_k]
         return Visible("blocks", n_q, n_k, q.device, lambda i, j: dense[:, :, i:j] if dense.shape[2] > 1 else dense)
@@ -93,7 +93,7 @@ def visible(
         rows = torch.arange(i + n_k - n_q, j + n_k - n_q, device=q.device)[:, None]
         cols = torch.arange(n_k, device=q.device)
         seen = (cols <= rows) if causal else torch.ones_like(cols <= rows)
-        if windowed:
+        if window is not None and windowed:
             seen = seen & (cols > rows - window)
         return seen[None, None] if real is None else seen[None, None] & real
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from headpatch.adapters.huggingface.lse import attend, attend_tiled, repeat_kv, score_dtype
@@ -76,7 +75,9 @@ class Call:
         """Query heads per KV head."""
         return self.q.shape[1] // self.k.shape[1]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """(o, L) with this call's scale and soft-capping, learned sinks not yet included."""
         return attend(q, k, v, mask=mask, causal=causal, scale=self.scale, softcap=self.softcap)
 
@@ -151,13 +152,14 @@ def _masked_block(call: Call, weight: Tensor, head_scale: Tensor | None, start: 
     at = call.first.columns(start, stop, b)
     mask = mask.expand(b, -1, -1, mask.shape[-1])
     cols = at.expand(b, mask.shape[1], mask.shape[2], 1)
-    hidden: Tensor | float = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    low = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    hidden: Tensor | float = low
     first = at.view(b, -1)
     left = call.first.left(start, stop, b)
     if left is not None:
         # The first token has left this layer's window: what stands at the clamped index is another key, and stays.
         column = torch.gather(mask, -1, cols)
-        hidden = torch.where(left.unsqueeze(-1), column, torch.full_like(column, hidden))
+        hidden = torch.where(left.unsqueeze(-1), column, torch.full_like(column, low))
         first = torch.where(left.view(b, -1), -1, first)
     rest, lse = call.attend(q, call.k, call.v, mask.scatter(-1, cols, hidden))
     return merge_first_token(
@@ -191,9 +193,7 @@ def by_cells(call: Call, edits: tuple[Edit, ...], segments: Segments, owned: Own
             outputs.append(torch.zeros_like(outputs[0]))
             lses.append(call.sinks.to(lses[0])[:, None].expand_as(lses[0]))
             inside.append(())
-        patches = [
-            (owned[i], _on_heads(edit, operands(edit, start, stop))) for i, edit in enumerate(edits)
-        ]
+        patches = [(owned[i], _on_heads(edit, operands(edit, start, stop))) for i, edit in enumerate(edits)]
         blocks.append(merge(outputs, lses, cell_log_weights(lses, inside, patches)))
     return torch.cat(blocks, 2).transpose(1, 2).contiguous()
 
@@ -240,7 +240,9 @@ def explicit(call: Call, edits: tuple[Edit, ...], segments: Segments, owned: Own
                 new = edit.method.transform(  # type: ignore[attr-defined]
                     old.masked_fill(~inside, -math.inf), edit.strength.to(dtype), given
                 )
-                scores = scores.index_copy(1, edit.heads, torch.where(inside & ~torch.isneginf(old), new.to(dtype), old))
+                scores = scores.index_copy(
+                    1, edit.heads, torch.where(inside & ~torch.isneginf(old), new.to(dtype), old)
+                )
                 continue
             parts = [scores.masked_fill(~masks[s], -math.inf).logsumexp(-1) for s in owned[i]]
             rest = scores
@@ -264,7 +266,7 @@ def explicit(call: Call, edits: tuple[Edit, ...], segments: Segments, owned: Own
 def differentiable(call: Call, weight: Tensor) -> Tensor:
     """:func:`first_token` with gradients, of the weights too; stores nothing of the size queries x keys."""
     q, k, v = call.q, call.k, call.v
-    b, _, n_q = q.shape[:3]
+    n_q = q.shape[2]
     if call.seen.kind == "causal":
         k, v = k[:, :, :n_q], v[:, :, :n_q]
     n_k, width = k.shape[2], v.shape[-1]
@@ -274,7 +276,7 @@ def differentiable(call: Call, weight: Tensor) -> Tensor:
     if plain:
         q, k, v = augment(q, k, v, log_w, members, call.scale)
         mask = call.seen.block(0, n_q) if call.seen.kind == "blocks" else None
-        out = F.scaled_dot_product_attention(
+        out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=call.seen.kind == "causal", scale=call.scale, enable_gqa=call.groups > 1
         )
         return out[..., :width].transpose(1, 2).contiguous()

@@ -23,7 +23,16 @@ if TYPE_CHECKING:
 __all__ = ["Observed", "observing"]
 
 PER_KV_HEAD = ("k", "v")
-PER_LAYER = ("layer_input", "position", "prompt_len", "spans", "image_tokens", "residual_sinks", "first_token", "without_image")
+PER_LAYER = (
+    "layer_input",
+    "position",
+    "prompt_len",
+    "spans",
+    "image_tokens",
+    "residual_sinks",
+    "first_token",
+    "without_image",
+)
 REFUSED = ("arrays", "all_heads")
 
 
@@ -79,7 +88,9 @@ def observing(
         raise HeadpatchError("nothing to observe: name at least one operand, or 'output'")
     for name in names:
         if not isinstance(name, str) or (name != "output" and (name not in OPERANDS or name in REFUSED)):
-            raise HeadpatchError(f"cannot observe {name!r}; {closest(name, ['output', *(OPERANDS.keys() - set(REFUSED))])}")
+            raise HeadpatchError(
+                f"cannot observe {name!r}; {closest(name, ['output', *(OPERANDS.keys() - set(REFUSED))])}"
+            )
         if name == "column_sinks":
             raise HeadpatchError("column_sinks depend on a threshold: observe 'column_means' and compare")
         if name == "residual_sinks":

@@ -125,7 +125,9 @@ class OperandServer:
         if given is not None and self.state.part in ("text", "decoder", "cross"):
             b = q.shape[0]
             if not len(given) or b % len(given):
-                raise EngineError(f"inputs(prompt_len=...) has {len(given)} entries, the batch has {b} rows: give one per row")
+                raise EngineError(
+                    f"inputs(prompt_len=...) has {len(given)} entries, the batch has {b} rows: give one per row"
+                )
             length = torch.as_tensor(given, device=q.device).repeat_interleave(b // len(given), 0)
             self._kept()["prompt_len",] = length  # later steps of the request come without it
             return length
@@ -189,7 +191,9 @@ class OperandServer:
             raise EngineError(f"inputs(without_image=...) names {len(given)} rows, the batch has {b}")
         for row, other in enumerate(given):
             if other is not None and not (0 <= other < b and other != row):
-                raise EngineError(f"inputs(without_image=...)[{row}] is {other}: name another row, 0 to {b - 1}, or None")
+                raise EngineError(
+                    f"inputs(without_image=...)[{row}] is {other}: name another row, 0 to {b - 1}, or None"
+                )
         return torch.tensor([-1 if r is None else int(r) for r in given], device=self.call.q.device)
 
     # --- attention statistics ---------------------------------------------------------------------------------------------
@@ -363,7 +367,9 @@ class OperandServer:
         rows = self._known()
         token = rows.known.get("image_token_id")
         if token is None:
-            raise EngineError(f"layer {self.state.name}: operand 'image_tokens': the model's config names no image token")
+            raise EngineError(
+                f"layer {self.state.name}: operand 'image_tokens': the model's config names no image token"
+            )
         ids = rows.input_ids if rows.input_ids is not None else rows.known.get("input_ids")
 
         if rows.images is None:

@@ -117,9 +117,7 @@ def build_report(controller: Controller, record: Record, self_check: bool | None
         checks = check_layers(controller, [r.path for r in layers], compiled=any(r.traced for r in layers))
     root: Any = controller.root
     name = getattr(root.config, "_name_or_path", "") or type(root).__name__
-    return Report(
-        record.recipe.name or "recipe", name, tuple(layers), identity, find_layout(root).silent, checks
-    )
+    return Report(record.recipe.name or "recipe", name, tuple(layers), identity, find_layout(root).silent, checks)
 
 
 def _compact(given: dict[int, float]) -> str:

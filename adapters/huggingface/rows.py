@@ -94,7 +94,7 @@ class StackHooks:
         self.traced: Rows | None = None
         self.registered: list[Any] = [
             stack.register_forward_pre_hook(self.before, with_kwargs=True),
-            stack.register_forward_hook(self.after),
+            stack.register_forward_hook(self.after, always_call=True),  # after errors, too: it holds the cache
         ]
 
     def remove(self) -> None:
@@ -206,9 +206,7 @@ def _first_columns(mask: Any, rows: Rows, cache: Any) -> tuple[Tensor | None, Te
         return kept, None
     if static:
         return _visible(mask[:, 0, -1]).to(torch.uint8).argmax(-1), None
-    blocks = [
-        _visible(mask[:, 0, i : i + BLOCK]).to(torch.uint8).argmax(-1) for i in range(0, mask.shape[2], BLOCK)
-    ]
+    blocks = [_visible(mask[:, 0, i : i + BLOCK]).to(torch.uint8).argmax(-1) for i in range(0, mask.shape[2], BLOCK)]
     return torch.cat(blocks, 1), None
 
 

@@ -95,9 +95,7 @@ def _check(module: Any, state: patched.LayerState, compiled: bool) -> CheckResul
     neutral = LayerPlan.build(plan.num_heads, [])
     error = (call(plan).double() - _reference(plan, q, k, v, scale, causal)).abs().max()
     size = untouched.double().abs().max().clamp_min(1e-9)
-    return CheckResult(
-        state.name, compiled, torch.equal(call(neutral), untouched), float(error / size), BOUND[dtype]
-    )
+    return CheckResult(state.name, compiled, torch.equal(call(neutral), untouched), float(error / size), BOUND[dtype])
 
 
 class _StandIn(nn.Module):
@@ -124,7 +122,9 @@ def _reference(plan: LayerPlan, q: Tensor, k: Tensor, v: Tensor, scale: float, c
         shares = torch.stack([chosen[..., 0], chosen[..., 1:].sum(-1)])
         new = edit.method.reshare(shares, edit.strength.detach().double(), {"heads": edit.heads})  # type: ignore[attr-defined]
         factor = (new / shares).where(shares > 0, 1.0)
-        p[:, edit.heads] = torch.cat([chosen[..., :1] * factor[0][..., None], chosen[..., 1:] * factor[1][..., None]], -1)
+        p[:, edit.heads] = torch.cat(
+            [chosen[..., :1] * factor[0][..., None], chosen[..., 1:] * factor[1][..., None]], -1
+        )
     out = (p @ v).transpose(1, 2)
     for edit in plan.family("output"):
         out[:, :, edit.heads] = edit.method.edit(  # type: ignore[attr-defined]

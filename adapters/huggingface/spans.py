@@ -40,7 +40,9 @@ def token_spans(
 ) -> list[list[tuple[int, int]]]:
     """Per row, sorted token ranges (start, stop). Raises HeadpatchError that names row and span."""
     if isinstance(spans, str | Mapping) or not isinstance(spans, Sequence):
-        raise HeadpatchError("spans: give a list with one entry per row, each a list of spans: [['important'], [(3, 7)]]")
+        raise HeadpatchError(
+            "spans: give a list with one entry per row, each a list of spans: [['important'], [(3, 7)]]"
+        )
     if prompts is not None and len(prompts) != len(spans):
         raise HeadpatchError(f"spans has {len(spans)} rows and prompts {len(prompts)}; give one prompt per row")
     rows = []
@@ -81,7 +83,9 @@ def row_numbers(name: str, values: Any, least: int, or_none: bool = False) -> li
     if isinstance(values, str) or not isinstance(values, Sequence) or not values:
         raise HeadpatchError(f"{name}: give a list with one number per row of the batch, as in [12, 7]")
     for row, value in enumerate(values):
-        if not ((value is None and or_none) or (isinstance(value, int) and not isinstance(value, bool) and value >= least)):
+        if not (
+            (value is None and or_none) or (isinstance(value, int) and not isinstance(value, bool) and value >= least)
+        ):
             wanted = f"a whole number, at least {least}" + (", or None" if or_none else "")
             raise HeadpatchError(f"{name}[{row}] is {value!r}; give {wanted}")
     return list(values)
@@ -100,12 +104,16 @@ def _kind(where: str, span: Any) -> tuple[str, Any]:
             return "text", value
     if isinstance(span, Sequence) and not isinstance(span, Mapping):
         return "tokens", span
-    raise HeadpatchError(f"{where}: {span!r} is no span; give (start, stop), {{'chars': [start, stop]}} or a substring")
+    raise HeadpatchError(
+        f"{where}: {span!r} is no span; give (start, stop), {{'chars': [start, stop]}} or a substring"
+    )
 
 
 def _range(where: str, value: Any) -> tuple[int, int]:
     good = (
-        isinstance(value, Sequence) and len(value) == 2 and all(isinstance(x, int) and not isinstance(x, bool) for x in value)
+        isinstance(value, Sequence)
+        and len(value) == 2
+        and all(isinstance(x, int) and not isinstance(x, bool) for x in value)
     )
     if not good or not 0 <= value[0] < value[1]:
         raise HeadpatchError(f"{where}: {value!r} is no range; give (start, stop) with 0 <= start < stop")

@@ -26,7 +26,17 @@ from headpatch.operands import OPERANDS, Segment
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FAMILIES", "ORDER", "CacheMethod", "MassMethod", "Method", "OutputMethod", "ScoresMethod", "param", "strength"]
+__all__ = [
+    "FAMILIES",
+    "ORDER",
+    "CacheMethod",
+    "MassMethod",
+    "Method",
+    "OutputMethod",
+    "ScoresMethod",
+    "param",
+    "strength",
+]
 
 Operands = Mapping[str, Any]
 """What a method asked for, by operand name; ``heads`` is always there: ids of the selected query heads, int64 [h]."""
@@ -258,7 +268,9 @@ class CacheMethod(Method):
         Tensor
             [b, n] bool.
         """
-        raise NotImplementedError(f"{type(self).__name__} must override keep(), or set scored = True and override score()")
+        raise NotImplementedError(
+            f"{type(self).__name__} must override keep(), or set scored = True and override score()"
+        )
 
     def score(self, operands: Operands) -> Tensor:
         """Score [b, K, n] of each key; the highest are kept within the budget."""
