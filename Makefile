@@ -79,7 +79,7 @@ test: $(TESTED)
 	@$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(TESTED)
-	@$(BIN)/python .ci/test_all.py $(PYTEST_ARGS)
+	@$(BIN)/python .ci/test_all.py -n $(JOBS) $(PYTEST_ARGS)
 
 lint: $(STAMPS)/dev
 	@$(BIN)/ruff check .

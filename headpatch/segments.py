@@ -10,6 +10,7 @@ Shapes use the letters of :mod:`headpatch.operands`; C is the number of cells.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -102,7 +103,6 @@ def cell_log_weights(
         [C, b, H, q], to be added to `lses` before one softmax.
     """
     plain = torch.stack(list(lses))
-    tiny = torch.finfo(plain.dtype).tiny
     log_w = torch.zeros_like(plain)
     for names, reshare in patches:
         now = plain + log_w
@@ -115,8 +115,11 @@ def cell_log_weights(
             ]
         )
         after = reshare(before)
-        # A segment without mass has no proportions to keep; its factor does not matter, but must not be NaN.
-        factor = torch.where(before > 0, torch.log(after.clamp_min(0)) - torch.log(before.clamp_min(tiny)), 0.0)
+        # A segment without mass has no proportions to keep: its factor does not matter, but neither it nor its gradient may be
+        # NaN. One that is emptied gets weight zero.
+        live = (before > 0) & (after > 0)
+        factor = torch.log(torch.where(live, after, 1.0)) - torch.log(torch.where(live, before, 1.0))
+        factor = factor.masked_fill((before > 0) & ~(after > 0), -math.inf)
         log_w = log_w + torch.stack([factor[i] for i in owner])
     return log_w
 

@@ -113,6 +113,19 @@ def test_far_beyond_the_window() -> None:
             _stepwise(entry, entry.attn[0], inputs, decode_sizes(inputs), kind, recipes(entry, "per_head"))
 
 
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", [None, "left"])
+def test_decode_beside_linear_attention(side: str | None, attn: str) -> None:
+    """Where only some layers have a key cache, and the first layer of the cache is none of them."""
+    entry = ZOO["qwen3_next"]
+    inputs = entry.make_inputs(lengths=LENGTHS if side else None, padding_side=side, continuation=6)
+    applied = recipes(entry, "stacked", seed=5)
+    with patched(entry, torch.float32, attn, applied) as model:
+        cache = make_cache(model, "dynamic_config", 0)
+        result = run_cached(model, entry, inputs, decode_sizes(inputs), cache)
+    close(result, expected(entry, inputs, applied, attn), inputs, 5e-4)  # linear attention in float32 is off by 5e-5 as it is
+
+
 def _generated(sequences: torch.Tensor, prompt: Inputs) -> Inputs:
     """Inputs of one forward over all but the last of the generated tokens."""
     ids = sequences[:, :-1]

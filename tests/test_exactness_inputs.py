@@ -19,7 +19,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PACKING = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3")
 """Architectures that notice restarting position ids and mask the segments of a row from each other."""
-ANY_MASK = ("llama", "qwen2", "qwen3", "phi3", "gpt2", "gpt_neox", "mistral")
+ANY_MASK = (
+    "llama", "qwen2", "qwen3", "phi3", "gpt2", "gpt_neox", "mistral", "gemma2", "gemma3", "opt", "gpt_oss", "deepseek_v3",
+)  # fmt: skip
 """Architectures that take a 4D mask as it is."""
 
 

@@ -18,7 +18,7 @@ import headpatch
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LIMIT = 1e-10
-NAMES = ("llama", "mistral", "qwen3", "gemma2", "gpt2", "gpt_oss", "whisper", "vit", "llava", "deepseek_v3")
+NAMES = ("llama", "mistral", "qwen3", "gemma2", "gpt2", "gpt_oss", "whisper", "vit", "llava", "deepseek_v3", "bart")
 ENTRIES = [pytest.param(ZOO[name], id=name) for name in NAMES]
 LENGTHS = [10, 7, 4]
 

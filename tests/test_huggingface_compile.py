@@ -81,11 +81,6 @@ def test_fifty_calls_make_one_graph_per_shape(entry, padded):
     assert all(layer.calls == 6 and layer.traced == 2 for layer in layers)
 
 
-@pytest.mark.xfail(
-    strict=False,
-    raises=AssertionError,
-    reason="kernels/plain.py: range(0, lq, size) ties a traced graph to one length",
-)
 def test_dynamic_shapes_stop_compiling():
     """With dynamic shapes the second length gives a graph for all others, as in the untouched model."""
     model, graphs = _one_layer(), Graphs()

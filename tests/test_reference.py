@@ -90,17 +90,17 @@ def test_first_token_has_mass(entry: Entry) -> None:
         assert max(float(m[:, :, 1:].max()) for m in masses.values()) > 0.999
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_oss", "mistral"])
-def test_one_head_at_a_time(name: str) -> None:
-    """Each head of each layer matters on its own: an edit of the wrong head, or of a whole KV group, cannot hide."""
-    entry = ZOO[name]
+@pytest.mark.parametrize("entry", FULL_ENTRIES)
+def test_one_head_at_a_time(entry: Entry) -> None:
+    """Each head of each layer and part matters on its own: an edit of the wrong head, or of a whole KV group, cannot hide."""
     inputs, ref, base = entry.make_inputs(), reference(entry), entry.attn[0]
     untouched = ref(inputs, base=base)
-    for layer in entry.parts["text"].modules:
-        for head in range(entry.parts["text"].num_heads):
-            for kind, strength in (("zerotuning", 5.0), ("zerotuning", 0.1), ("head_scaling", 0.5)):
-                changed = ref(inputs, {"text": {layer: [(kind, {head: strength})]}}, base=base)
-                assert (changed - untouched).abs().max() > 10 * FP32, (layer, head, kind, strength)
+    for part, stack in entry.parts.items():
+        for layer in stack.modules:
+            for head in range(stack.num_heads):
+                for kind, strength in (("zerotuning", 5.0), ("zerotuning", 0.1), ("head_scaling", 0.5)):
+                    changed = ref(inputs, {part: {layer: [(kind, {head: strength})]}}, base=base)
+                    assert (changed - untouched).abs().max() > 10 * FP32, (part, layer, head, kind, strength)
 
 
 def _unnormalised(row: Tensor, column: Tensor, gamma: Tensor) -> Tensor:

@@ -158,6 +158,21 @@ _ENTRIES = (
         ),
         "DeepseekV3ForCausalLM", {"text": Part.of(_DECODER, 2, HEADS, HEADS)},
     ),
+    Entry(
+        "bart",
+        lambda: transformers.BartConfig(
+            vocab_size=VOCAB, d_model=HIDDEN, encoder_layers=2, decoder_layers=2, encoder_attention_heads=HEADS,
+            decoder_attention_heads=HEADS, encoder_ffn_dim=96, decoder_ffn_dim=96, max_position_embeddings=128,
+            pad_token_id=PAD, bos_token_id=BOS, eos_token_id=2, decoder_start_token_id=BOS, forced_eos_token_id=None,
+        ),
+        "BartForConditionalGeneration",
+        {
+            "decoder": Part.of("model.decoder.layers.{}.self_attn", 2, HEADS, HEADS),
+            "encoder": Part.of("model.encoder.layers.{}.self_attn", 2, HEADS, HEADS),
+            "cross": Part.of("model.decoder.layers.{}.encoder_attn", 2, HEADS, HEADS),
+        },
+        kind="text_text", exact64=True,
+    ),
     # Below: models on which ZeroTuning must be refused by name, or reaches only some layers.
     Entry(
         "t5",

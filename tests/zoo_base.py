@@ -219,8 +219,19 @@ class Entry:
             firsts = {"encoder": zero, "decoder": first, "cross": zero}
         else:
             source = torch.randint(2, IMAGE, (b, SOURCE), generator=g)
-            everything = {"input_ids": source, "decoder_input_ids": ids, "decoder_attention_mask": given}
-            firsts = {"encoder": zero, "decoder": first, "cross": zero}
+            source_mask, start = torch.ones_like(source), zero.clone()
+            for row in range(b if padding_side else 0):  # sources of 10, 8, 6, ... tokens, padded on the same side
+                missing = 2 * (row % 4)
+                start[row] = missing if padding_side == "left" else 0
+                source_mask[row, slice(None, missing) if padding_side == "left" else slice(SOURCE - missing, None)] = 0
+            source[source_mask == 0] = PAD
+            everything = {
+                "input_ids": source,
+                "attention_mask": source_mask if padding_side else None,
+                "decoder_input_ids": ids,
+                "decoder_attention_mask": given,
+            }
+            firsts = {"encoder": start, "decoder": first, "cross": start}
         return Inputs(everything, mask.bool(), firsts, width)
 
 
@@ -228,10 +239,10 @@ def chunk(entry: Entry, kwargs: Mapping[str, Any], start: int, stop: int) -> dic
     """Arguments of a forward over positions `start` to `stop`, given that the cache holds what is before."""
     cut = dict(kwargs)
     for name in ("input_ids", "inputs_embeds", "position_ids", "decoder_input_ids", "decoder_position_ids"):
-        if cut.get(name) is not None and not (entry.kind == "text_text" and name == "input_ids"):
+        if cut.get(name) is not None and (entry.kind != "text_text" or name.startswith("decoder")):
             cut[name] = cut[name][:, start:stop]
     for name in ("attention_mask", "decoder_attention_mask"):
-        if cut.get(name) is not None:
+        if cut.get(name) is not None and (entry.kind != "text_text" or name.startswith("decoder")):
             cut[name] = cut[name][:, :stop]
     if start > 0:
         cut.pop("pixel_values", None)

@@ -244,15 +244,16 @@ def explicit(call: Call, edits: tuple[Edit, ...], segments: Segments, owned: Own
                     1, edit.heads, torch.where(inside & ~torch.isneginf(old), new.to(dtype), old)
                 )
                 continue
-            parts = [scores.masked_fill(~masks[s], -math.inf).logsumexp(-1) for s in owned[i]]
-            rest = scores
-            for s in owned[i]:
+            parts, rest, inside_of = [], scores, []
+            for s in owned[i]:  # a key that lies in two of a method's segments belongs to the first
+                inside_of.append(masks[s] & ~torch.isneginf(rest))
+                parts.append(rest.masked_fill(~masks[s], -math.inf).logsumexp(-1))
                 rest = rest.masked_fill(masks[s], -math.inf)
             lses = [*parts, rest.logsumexp(-1)]
             log_w = cell_log_weights(lses, [*((s,) for s in owned[i]), ()], [(owned[i], _on_heads(edit, given))])
             total = log_w[-1].unsqueeze(-1).expand_as(scores)
-            for place, s in enumerate(owned[i]):
-                total = torch.where(masks[s], log_w[place].unsqueeze(-1), total)
+            for place, inside in enumerate(inside_of):
+                total = torch.where(inside, log_w[place].unsqueeze(-1), total)
             scores = scores + total
         if call.sinks is not None:
             sink = call.sinks.to(dtype)[None, :, None, None].expand(scores.shape[0], -1, stop - start, 1)

@@ -81,7 +81,10 @@ def merge_dense(
     z = None if sink is None else sink.to(work).view(1, H, 1)
 
     pieces = []
-    edges = [0, *range(shift, lq, size), lq] if shift else [*range(0, lq, size), lq]
+    if whole:  # no range: its length would tie a compiler's graph to this number of queries
+        edges = [0, shift, lq] if shift else [0, lq]
+    else:
+        edges = [0, *range(shift, lq, size), lq] if shift else [*range(0, lq, size), lq]
     for i, j in itertools.pairwise(edges):
         if i == j:
             continue
