@@ -123,7 +123,9 @@ def test_decode_beside_linear_attention(side: str | None, attn: str) -> None:
     with patched(entry, torch.float32, attn, applied) as model:
         cache = make_cache(model, "dynamic_config", 0)
         result = run_cached(model, entry, inputs, decode_sizes(inputs), cache)
-    close(result, expected(entry, inputs, applied, attn), inputs, 5e-4)  # linear attention in float32 is off by 5e-5 as it is
+    close(
+        result, expected(entry, inputs, applied, attn), inputs, 5e-4
+    )  # linear attention in float32 is off by 5e-5 as it is
 
 
 def _generated(sequences: torch.Tensor, prompt: Inputs) -> Inputs:

@@ -117,7 +117,7 @@ def headpatch_attention(
             f"{state.num_heads} and {state.num_kv_heads}; heads sharded over ranks are not supported here"
         )
     base = state.config._attn_implementation
-    if not edits_masses and not state.observers and (plan is None or not plan.needs):
+    if not edits_masses and not state.observers and (plan is None or plan.simple):
         out, weights = _base(module, state, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
         return (out if plan is None else edit_outputs(out, plan, None)), weights
 

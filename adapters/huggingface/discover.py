@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from headpatch.errors import UnsupportedModelError
+from headpatch.errors import EngineError, UnsupportedModelError
 from headpatch.heads import ModelShape, PartShape
 
-__all__ = ["Attention", "Layout", "find_layout", "layout_of_config", "unwrap"]
+__all__ = ["Attention", "Layout", "find_layout", "layout_of_config", "output_projection", "unwrap"]
 
 CROSS = re.compile(r"encoder_attn|EncDecAttention|cross_?att", re.IGNORECASE)
 VISION = re.compile(r"(^|[._])(vision|visual|image|vit)", re.IGNORECASE)
@@ -230,3 +230,18 @@ def _shape(root: Any, found: dict[tuple[str, int], Attention], lengths: dict[str
     main = next(p for p in ("text", "decoder", "encoder", "vision", "audio", "cross") if p in parts)
     config = root.config
     return ModelShape(getattr(config, "model_type", ""), parts, main, getattr(config, "_name_or_path", None) or None)
+
+
+def output_projection(module: nn.Module, num_heads: int, name: str) -> Tensor:
+    """[H, d, D] slice of the output projection that each head writes through; EngineError where it cannot be read."""
+    for attribute in ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj", "o"):
+        projection = getattr(module, attribute, None)
+        projection = getattr(projection, "base_layer", projection)
+        weight = getattr(projection, "weight", None)
+        if weight is None:
+            continue
+        if not weight.is_floating_point() or weight.ndim != 2:
+            raise EngineError(f"layer {name}: operand 'o_proj': {attribute} is quantised, its columns cannot be read")
+        rows = weight if type(projection).__name__ == "Conv1D" else weight.t()
+        return rows.reshape(num_heads, -1, rows.shape[-1])
+    raise EngineError(f"layer {name}: operand 'o_proj': found no output projection in {type(module).__name__}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from headpatch.adapters.huggingface.discover import output_projection
 from headpatch.adapters.huggingface.lse import attend, repeat_kv, score_dtype
 from headpatch.errors import EngineError
 from headpatch.operands import Segment, Supply
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from headpatch.adapters.huggingface.plan import Edit
     from headpatch.adapters.huggingface.rows import Rows
 
-__all__ = ["SUPPLIES", "OperandServer", "output_projection"]
+__all__ = ["SUPPLIES", "OperandServer"]
 
 _NEVER_WITH = ("position_bias", "implementation_branch", "tensor_parallel")
 _PROMPT = (*_NEVER_WITH,)
@@ -387,18 +388,3 @@ class OperandServer:
                 )
             rows.images = kept["image_tokens",] = here
         return rows.images
-
-
-def output_projection(module: nn.Module, num_heads: int, name: str) -> Tensor:
-    """[H, d, D] slice of the output projection that each head writes through; EngineError where it cannot be read."""
-    for attribute in ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj", "o"):
-        projection = getattr(module, attribute, None)
-        projection = getattr(projection, "base_layer", projection)
-        weight = getattr(projection, "weight", None)
-        if weight is None:
-            continue
-        if not weight.is_floating_point() or weight.ndim != 2:
-            raise EngineError(f"layer {name}: operand 'o_proj': {attribute} is quantised, its columns cannot be read")
-        rows = weight if type(projection).__name__ == "Conv1D" else weight.t()
-        return rows.reshape(num_heads, -1, rows.shape[-1])
-    raise EngineError(f"layer {name}: operand 'o_proj': found no output projection in {type(module).__name__}")

@@ -62,9 +62,9 @@ class LayerPlan:
         does it all. None otherwise.
     scale
         [H] product of all constant output factors, where no other output edit is there. None otherwise.
-    trainable, needs, edits_masses
-        Whether a strength has gradients; operands that any edit needs; whether there is a mass or scores edit. Worked out once,
-        because a decoding step asks in every layer.
+    trainable, needs, edits_masses, simple
+        Whether a strength has gradients; operands that any edit needs; whether there is a mass or scores edit; whether all are
+        constants that need no operand. Worked out once, because a decoding step asks in every layer.
     segments, owned
         Distinct segments that the mass and scores edits name, and each such edit's places among them.
     gentle
@@ -80,6 +80,7 @@ class LayerPlan:
     trainable: bool = False
     needs: frozenset[str] = frozenset()
     edits_masses: bool = False
+    simple: bool = True
     segments: tuple[Segment, ...] = ()
     owned: tuple[tuple[int, ...], ...] = ()
     gentle: bool = False
@@ -94,6 +95,7 @@ class LayerPlan:
             num_heads, ordered, trainable=any(e.strength.requires_grad for e in ordered),
             needs=frozenset(name for e in ordered for name in e.method.operands()),
             edits_masses=any(e.method.family in ("mass", "scores") for e in ordered),
+            simple=all(getattr(e.method, "is_constant", False) and not e.method.operands() for e in ordered),
         )  # fmt: skip
         named = [e.method.segments() for e in plan.family("mass", "scores")]
         plan.segments = tuple(dict.fromkeys(s for of_edit in named for s in of_edit))
