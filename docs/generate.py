@@ -9,16 +9,20 @@ A table stands between two markers of Markdown comments, ``generated: NAME`` and
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import safetensors.torch
+import torch
+
 import headpatch
 from headpatch.errors import UnsupportedModelError
 from headpatch.operands import OPERANDS, refusals
-from headpatch.registry import adapters, get_method, method_names
+from headpatch.registry import adapters, find_adapter, get_method, method_names
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -54,13 +58,13 @@ def parameters(name: str) -> str:
     for f in dataclasses.fields(cls):
         limits = {"ge": "at least {:g}", "gt": "more than {:g}", "le": "at most {:g}", "lt": "less than {:g}"}
         words = [text.format(f.metadata[key]) for key, text in limits.items() if f.metadata.get(key) is not None]
-        role = "strength; required" if f.metadata.get("strength") else f"default `{f.default}`"
+        role = "required" if f.name in _required(cls) else f"default `{f.default}`"
+        role = "strength; required" if f.metadata.get("strength") else role
         if f.metadata.get("strength"):
             words.append(f"does nothing at {f.metadata['identity']:g}")
         rows.append((f"`{f.name}`", f.metadata["help"], ", ".join([role, *words])))
-    declared = (
-        f"Family *{cls.family}*; version {cls.version}; heads are {cls.head_kind} heads, under `{cls.heads_key}`.\n\n"
-    )
+    heads = f"heads are {cls.head_kind} heads, under `{cls.heads_key}`" if cls.heads_key else "no heads are listed"
+    declared = f"Family *{cls.family}*; version {cls.version}; {heads}.\n\n"
     return declared + table(("parameter", "meaning", "values"), rows)
 
 
@@ -71,14 +75,32 @@ def recipes() -> str:
     )
 
 
+def results() -> str:
+    """What recipes with paired differences in their provenance did on held-out data."""
+    from headpatch.commands.demo import held_out
+
+    rows = []
+    for name in headpatch.list_recipes():
+        recipe = headpatch.load_recipe(name)
+        if "difference" in recipe.provenance:
+            rows += [(f"`{name}`", words.removeprefix("held out: "), *cells) for words, *cells in held_out(recipe)]
+    return table(("recipe", "figure", "untouched", "patched", "difference"), rows)
+
+
 def matrix() -> str:
     """Which method an adapter can do exactly, from what the one needs and the other supplies."""
     found, rows = adapters(), []
     for label, method in (variant for cls in built_in() for variant in _variants(cls)):
         needs = method.operands()
-        cells = ["; ".join(refusals(needs, adapter.supplies())) or "exact" for adapter in found]
+        cells = [
+            "; ".join(refusals(needs, adapter.supplies())) or _exact(needs, adapter.supplies()) for adapter in found
+        ]
         rows.append((label, ", ".join(f"`{name}`" for name in needs) or "none", method.scope, *cells))
     return table(("method", "needs", "scope", *(adapter.name for adapter in found)), rows)
+
+
+def _exact(needs: Any, supplies: Any) -> str:
+    return "exact on CPUs" if any("gpu" in supplies[name].not_with for name in needs) else "exact"
 
 
 def _variants(cls: Any) -> list[tuple[str, Any]]:
@@ -95,11 +117,15 @@ def _variants(cls: Any) -> list[tuple[str, Any]]:
 
 def _default(cls: Any) -> Any:
     """An instance with default parameters; what has no default gets a neutral value of its type."""
+    return cls(**_required(cls))
+
+
+def _required(cls: Any) -> dict[str, Any]:
     missing = {
         f.name: f.type for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING
     }
-    neutral: dict[str, Any] = {"int": 1, "float": 1.0, "str": "", "bool": False}
-    return cls(**{name: neutral.get(str(kind), ()) for name, kind in missing.items()})
+    neutral: dict[str, Any] = {"int": 1, "float": 1.0, "str": "", "bool": False, "tuple[int, ...]": (0,)}
+    return {name: neutral.get(str(kind), ()) for name, kind in missing.items()}
 
 
 def operands() -> str:
@@ -141,22 +167,51 @@ def _architecture(entry: Any) -> list[str]:
     cells = []
     for cls in built_in():
         strength = cls.strength_field()
+        more = {name: list(v) if isinstance(v, tuple) else v for name, v in _required(cls).items()}
         heads: Any = {"*.*": 0.5} if strength else ["*.*"]
-        patches = [{"method": cls.name, "part": part, cls.heads_key: heads} for part in entry.parts]
-        try:
-            headpatch.apply(model, {"headpatch": 1, "patches": patches}).remove()
+        refused = {}
+        for part in entry.parts:
+            try:
+                listed = {cls.heads_key: heads} if cls.heads_key else {}
+                patch = {"method": cls.name, "part": part, **listed, **more}
+                headpatch.apply(model, _recipe(patch, cls, model)).remove()
+            except UnsupportedModelError as error:
+                refused[part] = ", ".join(
+                    dict.fromkeys(f"`{f}`" for f in re.findall(r"with (\w+)", str(error)))
+                ) or str(error)
+        if not refused:
             layers = sum(len(part.modules) for part in entry.parts.values())
             total = sum(part.num_layers for part in entry.parts.values())
             cells.append(
                 "exact" if layers == total else f"exact in the {layers} of {total} layers that have softmax attention"
             )
-        except UnsupportedModelError as error:
-            cells.append("refused: " + re.sub(r"^patches\[\d+\] \(\w+\) on layer \S+ \(\w+\): ", "", str(error)))
+        elif len(refused) < len(entry.parts):
+            cells.append(f"exact in {', '.join(part for part in entry.parts if part not in refused)}")
+        else:
+            cells.append(f"refused: {next(iter(refused.values()))}")
     return [f"`{model.config.model_type}` ({type(model).__name__})", ", ".join(entry.parts), *cells]
 
 
+def _recipe(patch: dict[str, Any], cls: Any, model: Any) -> headpatch.Recipe:
+    """A recipe of one patch; with a vector of zeros for every head where the method needs arrays."""
+    data: dict[str, Any] = {"headpatch": 1, "patches": [patch]}
+    method = _default(cls)
+    if "arrays" not in method.operands():
+        return headpatch.Recipe.from_dict(data)
+    stack = find_adapter(model).shape(model).parts[patch["part"]]
+    arrays = {
+        f"{method.array}.{layer}.{head}": torch.zeros(stack.head_dim[layer])
+        for layer, heads in enumerate(stack.num_heads)
+        for head in range(heads)
+    }
+    packed = safetensors.torch.save(arrays)
+    data["tensors"] = {"file": "zeros.safetensors", "sha256": hashlib.sha256(packed).hexdigest()}
+    return headpatch.Recipe.from_dict(data, arrays=packed)
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    "methods": methods, "recipes": recipes, "matrix": matrix, "operands": operands, "architectures": architectures,
+    "methods": methods, "recipes": recipes, "results": results, "matrix": matrix, "operands": operands,
+    "architectures": architectures,
     **{f"parameters {name}": (lambda name=name: parameters(name)) for name in method_names()},
 }  # fmt: skip
 

@@ -16,20 +16,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
-    "apply": "api", "applied": "api", "handles": "api", "list_methods": "api", "observe": "api",
+    "apply": "api", "applied": "api", "by_row": "api", "handles": "api", "list_methods": "api", "observe": "api",
     "list_recipes": "sources", "load_recipe": "sources",
     "Recipe": "recipe",
     "Handle": "registry", "register_method": "registry",
+    "add_recipe": "serving", "remove_recipe": "serving", "sampling_params": "serving",
     "EngineError": "errors", "HeadpatchError": "errors", "RecipeError": "errors", "UnsupportedModelError": "errors",
 }  # fmt: skip
 
 __all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604  (built from the table above)
 
 if TYPE_CHECKING:
-    from headpatch.api import applied, apply, handles, list_methods, observe
+    from headpatch.api import applied, apply, by_row, handles, list_methods, observe
     from headpatch.errors import EngineError, HeadpatchError, RecipeError, UnsupportedModelError
     from headpatch.recipe import Recipe
     from headpatch.registry import Handle, register_method
+    from headpatch.serving import add_recipe, remove_recipe, sampling_params
     from headpatch.sources import list_recipes, load_recipe
 
 

@@ -81,6 +81,16 @@ class ModelShape:
         if self.main not in self.parts:
             raise ValueError(f"main part {self.main!r} is not among {sorted(self.parts)}")
 
+    def to_block(self, name: str | None = None) -> dict[str, object]:
+        """The ``model:`` block of a recipe for this model: one number where all layers are alike, a list where they are not."""
+        part = self.parts[self.main]
+        block: dict[str, object] = {} if name is None else {"name": name}
+        block |= {"model_type": self.model_type, "num_layers": part.num_layers}
+        for key in ("num_heads", "num_kv_heads", "head_dim"):
+            values = list(getattr(part, key))
+            block[key] = values[0] if len(set(values)) == 1 else values
+        return block
+
     def __reduce__(self) -> tuple[object, ...]:
         # A mapping proxy can be neither pickled nor deep-copied, and handles that hold a shape are both.
         return ModelShape, (self.model_type, dict(self.parts), self.main, self.name)

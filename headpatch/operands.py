@@ -10,11 +10,12 @@ dimension, D width of the residual stream.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 __all__ = [
-    "OPERANDS", "SCOPES", "SEGMENT_KINDS", "Operand", "Segment", "Supply", "first_token", "refusals", "widest_scope",
+    "KEYED", "OPERANDS", "SCOPES", "SEGMENT_KINDS", "Operand", "Segment", "Supply", "first_token", "refusals", "widest_scope",
 ]  # fmt: skip
 
 SCOPES = ("prefix", "prompt", "request")
@@ -34,7 +35,8 @@ class Operand:
     name
         How methods ask for it.
     kind
-        ``segment`` (a set of keys), ``tensor``, ``row`` (one number or mask per row), or ``heads`` (across heads).
+        ``segment`` (a set of keys), ``tensor``, ``row`` (one number or mask per row), ``heads`` (across heads), or ``storage`` (what
+        a cache can hold; no value that a method receives).
     shape
         Shape of what the method receives, in the letters of this module.
     meaning
@@ -52,7 +54,11 @@ OPERANDS: Mapping[str, Operand] = {
     for o in (
         Operand("first_token", "segment", "[b, 1, q, n] bool", "the first real token that a query row can see"),
         Operand("spans", "segment", "[b, 1, 1, n] bool", "the caller's spans of each row (their union)"),
+        Operand("beside_spans", "segment", "[b, 1, 1, n] bool",
+                "keys of the prompt outside the caller's spans; none in rows without a span"),
         Operand("image_tokens", "segment", "[b, 1, 1, n] bool", "keys of image placeholder tokens"),
+        Operand("vision_salient", "segment", "[b, 1, 1, n] bool",
+                "keys of image tokens whose patch the vision tower's class token attends to most, in one of the tower's layers"),
         Operand("column_sinks", "segment", "[b, H, 1, n] bool",
                 "keys whose mean attention over the prompt's queries exceeds a threshold"),
         Operand("residual_sinks", "segment", "[b, 1, 1, n] bool",
@@ -70,11 +76,21 @@ OPERANDS: Mapping[str, Operand] = {
         Operand("arrays", "tensor", "named", "the recipe's own tensors"),
         Operand("prompt_len", "row", "[b] int64", "real tokens of the prompt; fixed when the request starts"),
         Operand("position", "row", "[b, q] int64", "position of each query, counted from the row's first real token"),
+        Operand("image_queries", "row", "[b, q] bool", "which queries are image placeholder tokens"),
         Operand("without_image", "row", "[b] int64",
                 "row of this batch that holds the same prompt without its image, -1 where there is none"),
+        Operand("kv_windows", "storage", "[K] lengths",
+                "KV heads of one layer that keep different tokens: all, or the first and the last ones"),
+        Operand("kv_selection", "storage", "[K] sets of positions",
+                "KV heads of one layer that keep chosen tokens of the prompt, each its own"),
+        Operand("depth", "row", "(layer, layers)",
+                "the layer's place among those of its part that have softmax attention, and their number"),
         Operand("all_heads", "heads", "[b, q, H, d]", "outputs of all heads of the layer, gathered over ranks"),
     )
 }  # fmt: skip
+
+KEYED = frozenset(o.name for o in OPERANDS.values() if re.search(r"\bn\b", o.shape))
+"""Operands that have an entry for every key of the call, whatever a cache policy keeps of them."""
 
 SEGMENT_KINDS = frozenset(o.name for o in OPERANDS.values() if o.kind == "segment")
 
@@ -88,7 +104,11 @@ class Segment:
     kind
         One of :data:`SEGMENT_KINDS`.
     options
-        What that kind needs, as sorted pairs: ``threshold`` for column_sinks, ``dims`` and ``threshold`` for residual_sinks.
+        What that kind needs, as sorted pairs. column_sinks: ``threshold``; ``per_length`` (default False: the threshold is
+        divided by the prompt's length); ``min_queries`` (default 1: keys that fewer queries see are none). residual_sinks:
+        ``dims`` and ``threshold``. vision_salient: ``layer`` of the tower (negative: from its end; its attention is summed over
+        heads), and either ``share`` (so much of each image's tokens, rounded down, those attended to most) or ``fence`` (those
+        above the image's third quartile by more than so many interquartile ranges).
     minus
         Kinds whose keys are taken out (image tokens minus residual sinks, say); they must be segments named before.
     """
@@ -104,6 +124,11 @@ class Segment:
     def operands(self) -> tuple[str, ...]:
         """Names of the operands that this segment is made of."""
         return (self.kind, *(name for s in self.minus for name in s.operands()))
+
+    def mentions(self, other: Segment) -> bool:
+        """Whether the keys of `other`, whatever is taken out of them, are needed to know this segment."""
+        same = (self.kind, self.options) == (other.kind, other.options)
+        return same or any(s.mentions(other) for s in self.minus)
 
     def option(self, name: str) -> object:
         """Value of one option; a KeyError names what is missing."""

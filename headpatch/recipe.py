@@ -49,7 +49,7 @@ class Patch:
         The attention stack it names; None for the model's main one.
     heads
         Pairs of selector and strength in the recipe's order, later ones overriding earlier ones; the strength is None for a method
-        that has none.
+        that has none. Empty for a cache policy that lists no heads.
     """
 
     index: int
@@ -59,8 +59,9 @@ class Patch:
 
     @property
     def key(self) -> str:
-        """Path of its heads in the recipe, for error messages: ``patches[0].heads``."""
-        return key_path(("patches", self.index, self.method.heads_key))
+        """Path of its heads in the recipe, for error messages: ``patches[0].heads``; of the patch where it lists none."""
+        listed = self.method.heads_key
+        return key_path(("patches", self.index, *([] if listed is None else [listed])))
 
     def content(self) -> dict[str, Any]:
         """What decides the numbers: method, version, parameters, heads with strengths; the form they were written in does not."""
@@ -105,8 +106,9 @@ class Recipe:
 
     @classmethod
     def from_dict(
-        cls, data: Mapping[str, Any], *, source: str | None = None, folder: str | os.PathLike[str] | None = None
-    ) -> Recipe:
+        cls, data: Mapping[str, Any], *, source: str | None = None, folder: str | os.PathLike[str] | None = None,
+        arrays: bytes | None = None,
+    ) -> Recipe:  # fmt: skip
         """Check a recipe and make it.
 
         Parameters
@@ -117,23 +119,27 @@ class Recipe:
             What error messages call it.
         folder
             Where the recipe's safetensors file lies; a recipe with ``tensors:`` needs one.
+        arrays
+            The bytes of that file instead, for a recipe that is not on a disk; :meth:`save` writes it beside the recipe.
 
         Raises
         ------
         RecipeError
             Anything that is wrong; the message names the key and what would be right.
         """
-        return cls._make(data, source, None if folder is None else Path(folder), verify=True)
+        return cls._make(data, source, None if folder is None else Path(folder), True, arrays)
 
     @classmethod
-    def _make(cls, data: object, source: str | None, folder: Path | None, verify: bool) -> Recipe:
+    def _make(
+        cls, data: object, source: str | None, folder: Path | None, verify: bool, arrays: bytes | None = None
+    ) -> Recipe:  # fmt: skip
         try:
             plain = yamlio.check_plain(dict(data) if isinstance(data, Mapping) else data)
             schema.check_envelope(plain)
             patches = tuple(
                 Patch(index, *schema.check_patch(index, patch)) for index, patch in enumerate(plain["patches"])
             )
-            tensors = _find_tensors(plain, patches, folder)
+            tensors = _find_tensors(plain, patches, folder, arrays)
             if tensors is not None and verify:
                 tensors.verify()
         except RecipeError as error:
@@ -277,11 +283,15 @@ class Recipe:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Handles go to worker processes. The file was verified here, and is again when its arrays are read there.
-        folder = None if self.tensors is None else self.tensors.path.parents[len(Path(self.tensors.file).parts) - 1]
-        return Recipe._make, (self._data, self.source, folder, False)
+        found = self.tensors
+        if found is None or found.data is not None:
+            return Recipe._make, (self._data, self.source, None, False, None if found is None else found.data)
+        return Recipe._make, (self._data, self.source, found.path.parents[len(Path(found.file).parts) - 1], False)
 
 
-def _find_tensors(data: dict[str, Any], patches: tuple[Patch, ...], folder: Path | None) -> TensorFile | None:
+def _find_tensors(
+    data: dict[str, Any], patches: tuple[Patch, ...], folder: Path | None, arrays: bytes | None
+) -> TensorFile | None:  # fmt: skip
     block = data.get("tensors")
     needing = [patch.method.name for patch in patches if "arrays" in patch.method.operands()]
     if block is None:
@@ -293,7 +303,9 @@ def _find_tensors(data: dict[str, Any], patches: tuple[Patch, ...], folder: Path
         return None
     if not needing:
         raise RecipeError("no patch of this recipe needs arrays", key="tensors", remedy="remove tensors")
-    check_file_name(block["file"])
+    name = check_file_name(block["file"])
+    if arrays is not None:
+        return TensorFile(block["file"], block["sha256"], Path(name), arrays)
     if folder is None:
         raise RecipeError(
             "a recipe given as a dict has no folder in which its arrays lie", key="tensors.file",

@@ -135,11 +135,14 @@ def find_adapter(obj: object) -> Adapter:
     )
 
 
-def closest(name: str, names: Iterable[str]) -> str:
-    """'did you mean ...' for an unknown name, or the list of known ones."""
+def closest(name: str, names: Iterable[str], most: int = 40) -> str:
+    """'did you mean ...' for an unknown name, or the list of known ones, at most so many."""
     names = sorted(map(str, names))
     near = difflib.get_close_matches(str(name), names, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names) or 'none'}"
+    if near:
+        return f"did you mean {near[0]!r}?"
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"known: {', '.join(names[:most]) or 'none'}{more}"
 
 
 def _entry_points(group: str) -> dict[str, importlib.metadata.EntryPoint]:

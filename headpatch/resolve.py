@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from headpatch.errors import RecipeError
 from headpatch.heads import ModelShape, PartShape, expand_all
+from headpatch.operands import KEYED
 from headpatch.show import key_path, short
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from headpatch.methods.base import Method
     from headpatch.recipe import Patch, Recipe
 
-__all__ = ["CheckedPatch", "RecipeCheck", "ResolvedPatch", "check_shape", "resolve"]
+__all__ = ["CheckedPatch", "RecipeCheck", "ResolvedPatch", "check_policies", "check_shape", "resolve"]
 
 MAX_VISITS = 1_000_000
 """Heads that resolving a recipe may visit, repetitions counted; the largest models have some 16,000."""
@@ -32,9 +33,12 @@ class ResolvedPatch:
         As in :class:`Patch`; `part` is never None here.
     heads
         ``{layer: {head: strength}}`` in ascending order; ``{layer: (head, ...)}`` for a method without strength. Query heads, or KV
-        heads where ``method.head_kind`` is ``kv``; global numbers.
+        heads where ``method.head_kind`` is ``kv``; global numbers. A cache policy acts on all layers of its part that have
+        softmax attention: each of them is there, with ``()`` where the recipe lists no head of it.
     recipe
         The recipe it belongs to.
+    stack
+        Heads of the attention stack that it patches.
     """
 
     index: int
@@ -42,10 +46,26 @@ class ResolvedPatch:
     part: str
     heads: dict[int, Any]
     recipe: Recipe = field(repr=False)
+    stack: PartShape = field(repr=False)
 
     def arrays(self) -> dict[str, Tensor]:
         """The recipe's arrays by name, on the CPU, read on first use; empty for a method that does not need them."""
         return self.recipe.arrays() if "arrays" in self.method.operands() else {}
+
+    def pick(self, layer: int, heads: Sequence[int]) -> dict[str, Tensor]:
+        """Of these arrays, what the method takes for some of the patch's heads of one layer.
+
+        Raises
+        ------
+        RecipeError
+            One is missing or does not fit the model.
+        """
+        if "arrays" not in self.method.operands():
+            return {}
+        try:
+            return self.method.pick(self.arrays(), layer, heads, self.stack.head_dim[layer])
+        except RecipeError as error:
+            raise error.at(source=self.recipe.source) from None
 
 
 @dataclass(frozen=True)
@@ -64,8 +84,10 @@ class CheckedPatch:
         return sum(map(len, self.heads.values()))
 
     def __str__(self) -> str:
-        kind = {"query": "query heads", "kv": "KV heads"}[self.kind]
-        return f"patches[{self.index}]: {self.method} on {self.num_heads} {kind} in {len(self.heads)} layers ({self.part})"
+        if self.kind == "kv":
+            listed = f", {self.num_heads} KV heads listed" if self.num_heads else ""
+            return f"patches[{self.index}]: {self.method} in {len(self.heads)} layers ({self.part}){listed}"
+        return f"patches[{self.index}]: {self.method} on {self.num_heads} query heads in {len(self.heads)} layers ({self.part})"
 
 
 @dataclass(frozen=True)
@@ -103,20 +125,27 @@ def resolve(recipe: Recipe, shape: ModelShape) -> tuple[ResolvedPatch, ...]:
     Raises
     ------
     RecipeError
-        The ``model:`` block does not describe this model, a part does not exist, or a selector names a layer or head that does not.
+        The ``model:`` block does not describe this model, a part does not exist, a selector names a layer or head that does not, or a
+        cache policy does not go with another patch.
     """
     try:
         _check_model(recipe.model, shape)
-        return tuple(_resolve_patch(patch, recipe, shape) for patch in recipe.patches)
+        resolved = tuple(_resolve_patch(patch, recipe, shape) for patch in recipe.patches)
+        check_policies(resolved)
+        return resolved
     except RecipeError as error:
         raise error.at(source=recipe.source) from None
 
 
 def check_shape(recipe: Recipe, shape: ModelShape) -> RecipeCheck:
-    """:func:`resolve`, for people to read."""
+    """:func:`resolve`, for people to read; the recipe's arrays are looked at, too."""
+    resolved = resolve(recipe, shape)
+    for patch in resolved:
+        for layer, heads in patch.heads.items():
+            patch.pick(layer, list(heads))
     patches = tuple(
         CheckedPatch(p.index, p.method.name, p.part, p.method.head_kind, {n: tuple(h) for n, h in p.heads.items()})
-        for p in resolve(recipe, shape)
+        for p in resolved
     )
     return RecipeCheck(patches, recipe.scope, recipe.needs)
 
@@ -137,7 +166,38 @@ def _resolve_patch(patch: Patch, recipe: Recipe, shape: ModelShape) -> ResolvedP
         raise RecipeError(error.problem, key=f"{patch.key}{error.key or ''}", remedy=error.remedy) from None
     if patch.method.strength_field() is None:
         heads = {layer: tuple(chosen) for layer, chosen in heads.items()}
-    return ResolvedPatch(patch.index, patch.method, part, heads, recipe)
+    if patch.method.family == "cache":
+        heads = {layer: heads.get(layer, ()) for layer in shape.parts[part].softmax_layers()}
+    return ResolvedPatch(patch.index, patch.method, part, heads, recipe, shape.parts[part])
+
+
+def check_policies(patches: Iterable[ResolvedPatch]) -> None:
+    """Check the cache policies among the patches of one model, all its recipes' together, against the other patches.
+
+    Raises
+    ------
+    RecipeError
+        A part has two policies, or a policy could drop keys that another patch of its part needs.
+    """
+    patches = tuple(patches)
+    policies: dict[str, ResolvedPatch] = {}
+    for patch in patches:
+        if patch.method.family == "cache" and policies.setdefault(patch.part, patch) is not patch:
+            raise RecipeError(
+                f"the part {patch.part!r} already has a cache policy ({policies[patch.part].method.name})",
+                key=key_path(("patches", patch.index)), remedy="keep one of the two",
+            )  # fmt: skip
+    for patch in patches:
+        policy = getattr(policies.get(patch.part), "method", None)
+        if policy is None or patch.method.family == "cache":
+            continue
+        lost = [name for name in patch.method.operands() if name in KEYED and not policy.keeps(name)]
+        if lost:
+            raise RecipeError(
+                f"{patch.method.name} needs {lost[0]!r}, and {policy.name} may drop keys of it",
+                key=key_path(("patches", patch.index)),
+                remedy=f"let {policy.name} keep it" if lost == ["first_token"] else "leave one of the two patches out",
+            )  # fmt: skip
 
 
 def _check_model(block: Mapping[str, Any], shape: ModelShape) -> None:

@@ -147,7 +147,8 @@ def check_patch(index: int, data: dict[str, Any]) -> tuple[Method, str | None, t
     except pydantic.ValidationError as error:
         raise _recipe_error(error, model, path) from None
     given = {name: getattr(checked, name) for name in checked.model_fields_set}
-    heads, part = given.pop(cls.heads_key), given.pop("part", None)
+    part = given.pop("part", None)
+    heads = [] if cls.heads_key is None else given.pop(cls.heads_key)
     given.pop("method")
     strength = cls.strength_field()
     for i, selector in enumerate(heads):
@@ -156,7 +157,7 @@ def check_patch(index: int, data: dict[str, Any]) -> tuple[Method, str | None, t
         except RecipeError as error:
             last = i if isinstance(heads, list) else selector
             raise error.at(key=key_path((*path, cls.heads_key, last))) from None
-    if strength is not None:
+    if strength is not None and cls.heads_key is not None:
         _check_strength(strength.name, strength.name in given, isinstance(heads, dict), cls.heads_key, path)
     try:
         method = cls(**given)
@@ -211,8 +212,9 @@ def _make_patch_model(cls: type[Method]) -> type[pydantic.BaseModel]:
     fields: dict[str, Any] = {
         "method": (Literal[cls.name], Field(description=_first_line(cls))),
         "part": (Literal[PARTS], Field(default=None, description="attention stack; default: the language model's")),
-        cls.heads_key: (_heads_type(strength), Field(description=_heads_help(cls))),
     }
+    if cls.heads_key is not None:
+        fields[cls.heads_key] = (_heads_type(strength), Field(description=_heads_help(cls)))
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         if f.name in fields:
@@ -230,7 +232,7 @@ def _make_patch_model(cls: type[Method]) -> type[pydantic.BaseModel]:
     model: type[pydantic.BaseModel] = pydantic.create_model(
         f"{cls.name} patch", __base__=_Strict, __doc__=_first_line(cls), **fields
     )
-    if strength is not None:
+    if strength is not None and cls.heads_key is not None:
         one: dict[str, Any] = {"required": [strength.name]}
         model.model_config["json_schema_extra"] = {
             "if": {"properties": {cls.heads_key: {"type": "array"}}}, "then": one, "else": {"not": one}

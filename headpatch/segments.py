@@ -16,10 +16,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["augment", "cell_log_weights", "cells", "include_sink", "merge"]
+__all__ = ["augment", "cell_log_weights", "cells", "include_sink", "log_sum_exp", "merge"]
 
 NEVER = -1e4
 """Stands for log(0) where a finite number is needed (a bias that a kernel adds to a score)."""
+
+
+def log_sum_exp(scores: Tensor) -> Tensor:
+    """Log-sum-exp over the last dimension, -inf where all scores are, with gradients of zero there (torch's own are NaN)."""
+    blind = torch.isneginf(scores).all(-1)
+    return torch.logsumexp(scores.masked_fill(blind.unsqueeze(-1), 0.0), -1).masked_fill(blind, -math.inf)
 
 
 def include_sink(output: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:

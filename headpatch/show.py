@@ -1,11 +1,18 @@
-"""Words for error messages: values, types and key paths, shortened, with nothing in them that could upset a terminal."""
+"""Words for people: values, types and key paths for error messages, shortened, with nothing in them that could upset a terminal;
+and the parameters of methods for tables.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
 
-__all__ = ["describe", "key_path", "kind_of", "short"]
+if TYPE_CHECKING:
+    from headpatch.methods.base import Method
+
+__all__ = ["describe", "key_path", "kind_of", "parameter_words", "short"]
 
 _KINDS = {
     bool: "boolean", int: "number", float: "number", str: "string", list: "list", tuple: "list", dict: "mapping",
@@ -51,3 +58,22 @@ def key_path(keys: Iterable[object]) -> str:
             quoted = short(key, 40)
             path += '["' + quoted[1:-1] + '"]' if isinstance(key, str) else f"[{quoted}]"
     return path
+
+
+def parameter_words(cls: type[Method]) -> list[tuple[str, str, str]]:
+    """The parameters of a method class as (name, meaning, values): ``("gamma", "factor on ...", "strength; required, ...")``."""
+    hints, rows = get_type_hints(cls), []
+    for f in dataclasses.fields(cls):
+        if f.metadata.get("strength"):
+            words = ["strength; required"]
+        else:
+            required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            words = ["required" if required else f"default {f.default}"]
+        if get_origin(hints.get(f.name)) is Literal:
+            words.append("one of " + ", ".join(map(str, get_args(hints[f.name]))))
+        limits = {"ge": "at least {:g}", "gt": "more than {:g}", "le": "at most {:g}", "lt": "less than {:g}"}
+        words += [text.format(f.metadata[key]) for key, text in limits.items() if f.metadata.get(key) is not None]
+        if f.metadata.get("strength"):
+            words.append(f"does nothing at {f.metadata['identity']:g}")
+        rows.append((f.name, str(f.metadata["help"]), ", ".join(words)))
+    return rows

@@ -58,7 +58,7 @@ def load_recipe(source: Recipe | Mapping[str, Any] | str | os.PathLike[str]) -> 
     if isinstance(source, str) and not _is_path(text):
         raise RecipeError(
             "there is no shipped recipe and no file of that name", source=short(text, 120)[1:-1],
-            remedy=closest(text[:200], _shipped_files()),
+            remedy=closest(text[:200], _shipped_files(), most=4) + "; `headpatch recipes` lists them all",
         )  # fmt: skip
     return _from_file(Path(text), text)
 

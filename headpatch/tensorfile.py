@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import re
 import secrets
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
 
@@ -42,12 +43,15 @@ class TensorFile:
     sha256
         What the file's bytes must hash to.
     path
-        Where it lies on this machine.
+        Where it lies on this machine; means nothing where `data` is given.
+    data
+        The file's bytes, where they came with the recipe and not from a disk.
     """
 
     file: str
     sha256: str
     path: Path
+    data: bytes | None = field(default=None, repr=False)
 
     def verify(self) -> None:
         """Check size, header and hash, reading the file once.
@@ -79,9 +83,7 @@ class TensorFile:
         import safetensors
         import safetensors.torch
 
-        with self._open() as (file, _):
-            data = file.read(MAX_TENSOR_BYTES + 1)
-        self._compare(hashlib.sha256(data).hexdigest())
+        data = self.read()
         try:
             arrays: dict[str, Tensor] = safetensors.torch.load(data)
         except (safetensors.SafetensorError, ValueError, KeyError) as error:
@@ -115,8 +117,18 @@ class TensorFile:
                 out.write(chunk)
             self._compare(digest.hexdigest())
 
+    def read(self) -> bytes:
+        """The file's bytes, checked."""
+        with self._open() as (file, _):
+            data = file.read(MAX_TENSOR_BYTES + 1)
+        self._compare(hashlib.sha256(data).hexdigest())
+        return data
+
     @contextlib.contextmanager
     def _open(self) -> Iterator[tuple[IO[bytes], int]]:
+        if self.data is not None:
+            yield io.BytesIO(self.data), len(self.data)
+            return
         try:
             status = self.path.stat()  # before opening: opening a pipe would wait for ever
             if not stat.S_ISREG(status.st_mode):

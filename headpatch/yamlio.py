@@ -107,6 +107,13 @@ def loads(text: str, source: str | None = None) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         words = ", ".join(part for part in (error.context, error.problem) if part)
+        if (
+            "nesting depth" in words
+        ):  # newer libyamls have a limit of their own, and meet it before we see the first list
+            raise RecipeError(
+                f"line {mark.line + 1 if mark else '?'}: nested deeper than {MAX_DEPTH} levels", source=source,
+                remedy="a recipe is flat",
+            ) from None  # fmt: skip
         star = "alias" in words or "anchor" in words
         raise RecipeError(
             f"line {mark.line + 1 if mark else '?'}: not YAML: {words}", source=source,

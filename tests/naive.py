@@ -41,6 +41,8 @@ class Call:
         [b, 1, q, n] bool.
     scores
         [b, H, q, n], -inf where not seen.
+    sinks
+        [H] learned sink logits, where the model has them.
     """
 
     q: Tensor
@@ -48,16 +50,18 @@ class Call:
     v: Tensor
     seen: Tensor
     scores: Tensor
+    sinks: Tensor | None = None
 
     @property
     def p(self) -> Tensor:
-        """[b, H, q, n] attention."""
-        return torch.softmax(self.scores, -1).nan_to_num(0.0)
+        """[b, H, q, n] attention; what learned sinks take of it is missing."""
+        return torch.exp(self.scores - self.lse[..., None]).nan_to_num(0.0)
 
     @property
     def lse(self) -> Tensor:
-        """[b, H, q]."""
-        return torch.logsumexp(self.scores, -1)
+        """[b, H, q], learned sinks included."""
+        total = torch.logsumexp(self.scores, -1)
+        return total if self.sinks is None else torch.logaddexp(total, self.sinks.to(total)[None, :, None])
 
     def out(self, p: Tensor | None = None) -> Tensor:
         """[b, q, H, d] head outputs under this attention, or under another."""
@@ -73,7 +77,7 @@ class _Tap:
 
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, dropout: float = 0.0,
-    scaling: float | None = None, is_causal: bool | None = None, **_: Any,
+    scaling: float | None = None, is_causal: bool | None = None, s_aux: Tensor | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     b, heads, n_q, d = query.shape
     n = key.shape[2]
@@ -86,7 +90,7 @@ def _attention(
             seen = seen.tril()
     else:
         seen = attention_mask[..., :n].expand(b, 1, n_q, n)
-    call = Call(query, key, value, seen, scores.masked_fill(~seen, -math.inf))
+    call = Call(query, key, value, seen, scores.masked_fill(~seen, -math.inf), s_aux)
     tap: _Tap = module._tap
     tap.calls.append(call)
     return (call.out() if tap.edit is None else tap.edit(call)), None

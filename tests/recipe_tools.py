@@ -13,8 +13,9 @@ from typing import Any, ClassVar, Literal
 from headpatch import registry
 from headpatch.errors import RecipeError
 from headpatch.heads import ModelShape, PartShape
-from headpatch.methods.base import CacheMethod, MassMethod, OutputMethod, param, strength
+from headpatch.methods.base import MassMethod, OutputMethod, param, strength
 from headpatch.operands import Segment
+from headpatch.policies import WindowMethod
 
 SMOL = PartShape((9,) * 30, (3,) * 30, (64,) * 30)
 LLAMA = ModelShape("llama", {"text": SMOL}, "text", "HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -62,7 +63,7 @@ class NeedsArrays(OutputMethod):
 
 
 @dataclass(frozen=True)
-class KeepsHeads(CacheMethod):
+class KeepsHeads(WindowMethod):
     """Keeps everything in the KV heads that it lists."""
 
     window: int = param(256, ge=1, le=4096, help="tokens that other heads keep")

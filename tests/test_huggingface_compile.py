@@ -18,6 +18,9 @@ from transformers import StaticCache
 from zoo import ZOO
 
 import headpatch
+from headpatch.adapters.huggingface import attention
+from headpatch.adapters.huggingface.controller import controller_of
+from headpatch.adapters.huggingface.selfcheck import check_layers
 from headpatch.operands import Segment, first_token
 
 __all__ = ["one_thread"]
@@ -300,6 +303,40 @@ def test_the_report_of_a_compiled_model():
     assert [(layer.calls, layer.traced) for layer in handle.report().layers] == [(0, 1), (0, 1)], (
         "checking counts nothing"
     )
+
+
+@pytest.mark.parametrize(
+    ("entry", "method"),
+    [
+        ("llama", {"method": "head_scaling", "scale": 0.5, "positions": "decode"}),
+        ("llama", {"method": "pasta", "alpha": 0.1}),
+        ("llama", {"method": "act", "beta": 0.3, "threshold": 0.05}),
+        pytest.param("llava", {"method": "pai", "alpha": 0.5, "part": "text"}, marks=pytest.mark.slow),
+        pytest.param(
+            "llava",
+            {"method": "var", "recycle": 0.5, "sink_dimensions": [2, 4], "sink_threshold": 3.0, "min_visual_mass": 0.01,
+             "min_nonsink_ratio": 0.1, "part": "text"},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=lambda given: given if isinstance(given, str) else given["method"],
+)  # fmt: skip
+def test_what_is_checked_of_edits_that_need_more_than_the_first_token(entry, method, monkeypatch):
+    """A decoding step after a made-up prompt, compiled; an attention that lies is caught."""
+    model = ZOO[entry].build()
+    handle = headpatch.apply(model, {"headpatch": 1, "patches": [{**method, "heads": ["0.*"]}]})
+    controller = controller_of(model)
+    (path,) = controller.states
+    (found,) = check_layers(controller, [path], compiled=True)
+    assert found.passed and found.compiled, str(found)
+    assert handle.report(self_check=True).self_check[0].passed
+    honest = attention.edit_outputs if method["method"] == "head_scaling" else attention._edited
+    lying = (lambda out, plan, server: honest(out, plan, server) * 1.01) if honest is attention.edit_outputs else (
+        lambda *args, **kwargs: (honest(*args, **kwargs)[0] * 1.01, False)
+    )  # fmt: skip
+    monkeypatch.setattr(attention, honest.__name__, lying)
+    (found,) = check_layers(controller, [path], compiled=False)
+    assert not found.passed
 
 
 def test_the_report_of_an_eager_model():

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from kernel_cases import needs_gpu
+from kernel_cases import Case, close, needs_gpu
 
+from headpatch.adapters.huggingface.plan import GENTLE
 from headpatch.kernels.first_token import merge_first_token, merge_first_token_paged
+from headpatch.kernels.step import merge_step
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
 ROUNDING = {"rtol": 1.6e-2, "atol": 1e-2}
@@ -144,3 +146,40 @@ def test_no_synchronisation():
         merge_first_token(*args, scale=0.1, complement=False, inplace=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("complement", [True, False])
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize(("H", "K", "d"), [(6, 2, 16), (7, 1, 80), (4, 4, 128)])
+def test_step_equals_the_reference(dtype, complement, scaled, H, K, d):
+    """One query a row, several shapes, lengths and strides through one compiled kernel."""
+    for seed, lk in enumerate((2, 9, 33)):
+        case = Case(seed=seed, b=3, H=H, K=K, lq=1, lk=lk, d=d, dtype=dtype)
+        o, lse = (x.cuda() for x in case.attention(complement))
+        k, v = (torch.cat([x, torch.zeros_like(x)], 2).cuda()[:, :, :lk] for x in (case.k, case.v))  # room behind
+        gamma = case.gamma.clamp_min(GENTLE).cuda() if not complement else case.gamma.cuda()
+        case.gamma = gamma.cpu()
+        if not scaled:
+            case.head_scale = torch.ones_like(case.head_scale)
+        got = merge_step(
+            case.q.cuda(), k, v, o, lse.contiguous(), gamma, case.scale, complement, case.head_scale.cuda() if scaled else None
+        )  # fmt: skip
+        assert got.data_ptr() == o.data_ptr()
+        close(got.cpu(), case.expected(), dtype)
+
+
+def test_step_captures_and_follows_its_tables():
+    q, k, v, o, lse, gamma = cuda_case(1, 33)
+    want = {g: merge_first_token(q, k, v, o, lse, gamma.fill_(g), scale=0.1, complement=True) for g in (0.5, 3.0)}
+    static = o.clone()
+    merge_step(q, k, v, static, lse, gamma, 0.1, True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        merge_step(q, k, v, static, lse, gamma, 0.1, True)
+    for g, expected in want.items():
+        gamma.fill_(g)
+        static.copy_(o)
+        graph.replay()
+        torch.testing.assert_close(static.transpose(1, 2), expected, **ROUNDING)

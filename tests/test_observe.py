@@ -20,8 +20,19 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 LENGTHS = (12, 7, 3)
 PER_HEAD = ("q", "k", "v", "lse", "column_means", "window_scores", "o_proj")
-PER_LAYER = ("layer_input", "position", "prompt_len", "first_token", "spans", "image_tokens", "without_image")
-NOT_OBSERVED = {"arrays", "all_heads", "column_sinks", "residual_sinks"}
+PER_LAYER = (
+    "layer_input", "position", "prompt_len", "first_token", "spans", "beside_spans", "image_tokens", "image_queries", "without_image",
+)  # fmt: skip
+NOT_OBSERVED = {
+    "arrays",
+    "all_heads",
+    "column_sinks",
+    "residual_sinks",
+    "vision_salient",
+    "kv_windows",
+    "kv_selection",
+    "depth",
+}
 
 
 @pytest.fixture
@@ -81,7 +92,8 @@ def test_values_per_layer(model):
         assert [row.nonzero().unique().tolist() for row in first[:, 0, -1]] == [[12 - n] for n in LENGTHS]
 
 
-def test_spans_and_companions_that_the_call_was_given(model):
+def test_spans_and_companions_that_the_call_was_given():
+    model = ZOO["llava"].build()
     handle = headpatch.apply(model, A)
     with (
         headpatch.observe(model, ["spans", "without_image"], "1.0") as seen,
@@ -256,7 +268,7 @@ def test_caches_are_the_plain_model_s(model):
     ("operands", "heads", "more", "error", "words"),
     [
         (["outputs"], "*.*", {}, HeadpatchError, "cannot observe 'outputs'; did you mean 'output'"),
-        (["weights"], "*.*", {}, HeadpatchError, "cannot observe 'weights'; "),
+        (["weight"], "*.*", {}, HeadpatchError, "cannot observe 'weight'; "),
         (["lse", ""], "*.*", {}, HeadpatchError, "cannot observe ''"),
         ([3], "*.*", {}, HeadpatchError, "cannot observe 3"),
         ([None], "*.*", {}, HeadpatchError, "cannot observe None"),
@@ -278,6 +290,8 @@ def test_caches_are_the_plain_model_s(model):
         ("window_scores", "*.*", {"window": 0}, HeadpatchError, "window"),
         ("window_scores", "*.*", {"window": -3}, HeadpatchError, "window"),
         ("window_scores", "*.*", {"window": "wide"}, HeadpatchError, "window"),
+        ("weights", "*.*", {"queries": []}, HeadpatchError, "queries"),
+        ("weights", "*.*", {"queries": [True]}, HeadpatchError, "queries"),
         ("lse", "*.*", {"windw": 3}, TypeError, "windw"),
     ],
 )  # fmt: skip

@@ -78,7 +78,8 @@ def test_lse_is_at_least_single_precision():
         assert given["q"].dtype == torch.bfloat16 and given["lse"].dtype == given["output"].dtype == torch.float32
         scores = given["q"].double() @ given["k"].double().repeat_interleave(2, 1).transpose(2, 3) * HEAD_DIM**-0.5
         exact = scores.masked_fill(torch.ones(12, 12, dtype=torch.bool).triu(1), -torch.inf).logsumexp(-1)
-        torch.testing.assert_close(given["lse"].double(), exact, rtol=0, atol=1e-5)
+        # In half precision PyTorch's CPU kernel takes a quick exponential where the processor has AVX-512; rounding would cost 1e-2.
+        torch.testing.assert_close(given["lse"].double(), exact, rtol=0, atol=1e-4)
 
 
 def test_a_method_gets_its_heads_only():

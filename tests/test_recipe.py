@@ -87,10 +87,10 @@ def test_cache_methods_name_kv_heads(extra):
         {"headpatch": 1, "patches": [{"method": "test_cache", "full_kv_heads": ["3.1", "5.*"], "window": 64}]}
     )
     (patch,) = resolve(recipe, LLAMA)
-    assert patch.heads == {3: (1,), 5: (0, 1, 2)}
+    assert patch.heads == {layer: {3: (1,), 5: (0, 1, 2)}.get(layer, ()) for layer in range(30)}
     assert patch.method.window == 64
     assert recipe.patches[0].key == "patches[0].full_kv_heads"
-    assert "4 KV heads in 2 layers" in str(recipe.check(LLAMA))
+    assert "test_cache in 30 layers (text), 4 KV heads listed" in str(recipe.check(LLAMA))
 
 
 def test_parts(extra):

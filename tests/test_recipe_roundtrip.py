@@ -44,11 +44,12 @@ def numbers(low: float, high: float) -> st.SearchStrategy[float]:
 
 
 def patch(
-    method: str, strength: str, least: float, most: float, **params: st.SearchStrategy[object]
-) -> st.SearchStrategy[dict]:
-    """Patches of one method, with strengths in either place."""
+    method: str, strength: str, least: float, most: float, required: dict[str, st.SearchStrategy[object]] | None = None,
+    **params: st.SearchStrategy[object],
+) -> st.SearchStrategy[dict]:  # fmt: skip
+    """Patches of one method, with strengths in either place; `required` are parameters without a default."""
     optional = {"part": st.just("text"), **params}
-    name = {"method": st.just(method)}
+    name = {"method": st.just(method), **(required or {})}
     table = st.fixed_dictionaries(
         name | {"heads": st.dictionaries(selectors, numbers(least, most), min_size=1, max_size=6)}, optional=optional
     )
@@ -62,6 +63,27 @@ def patch(
 patches = st.one_of(
     patch("zerotuning", "gamma", 0, 1e6),
     patch("head_scaling", "scale", -1e6, 1e6, positions=st.sampled_from(["all", "last", "decode"])),
+    patch(
+        "act", "beta", 0, 1,
+        threshold=st.floats(1e-3, 1e4), threshold_per=st.sampled_from(["fixed", "prompt_length"]), keep_first=st.booleans(),
+        min_queries=st.integers(1, 1024),
+    ),
+    patch("image_bias", "bias", -50, 50, queries=st.sampled_from(["all", "text"])),
+    patch("pai", "alpha", 0, 10, queries=st.sampled_from(["last", "all"])),
+    patch(
+        "paint", "weight", 0, 10, alpha=st.floats(0, 10), beta=st.floats(0, 10), local_share=st.floats(0, 1),
+        local_layer=st.integers(-1024, 1023), summary_layer=st.integers(-1024, 1023), summary_fence=st.floats(0, 1e4),
+    ),
+    patch(
+        "var", "recycle", 0, 1, required={"sink_dimensions": st.lists(st.integers(0, 5000), min_size=1, max_size=3)},
+        sink_threshold=st.floats(0.1, 1e4), min_visual_mass=st.floats(0, 1), min_nonsink_ratio=st.floats(0, 1),
+        require_visual_sink=st.booleans(),
+    ),
+    patch(
+        "vhr", "alpha", -10, 10, selection=st.sampled_from(["online", "listed"]), outliers=st.booleans(),
+        reinforce_reference=st.booleans(),
+    ),
+    patch("pasta", "alpha", 0, 1, target_mass=st.floats(0, 0.99)) | patch("pasta", "alpha", 0, 1, keep_first=st.booleans()),
     patch(
         "test_spans", "alpha", 0, 100,
         dims=st.lists(st.integers(0, 100), max_size=3), rounds=st.sampled_from([1, 2]), strict=st.booleans(), low=numbers(-9, 0),
@@ -87,8 +109,17 @@ model = st.fixed_dictionaries(
     optional={"name": text, "model_type": st.just("llama"), "num_layers": st.just(30)}
     | {key: st.sampled_from([value, [value] * 30]) for key, value in per_layer.items()},
 )
+
+
+def goes_together(several: list[dict[str, object]]) -> bool:
+    """A cache policy is alone, or beside patches of nothing but the first token."""
+    policies = [p for p in several if p["method"] == "test_cache"]
+    free = {"zerotuning", "head_scaling", "test_cache"}
+    return not policies or (len(policies) == 1 and all(p["method"] in free for p in several))
+
+
 recipes = st.fixed_dictionaries(
-    {"headpatch": st.just(1), "patches": st.lists(patches, min_size=1, max_size=4)},
+    {"headpatch": st.just(1), "patches": st.lists(patches, min_size=1, max_size=4).filter(goes_together)},
     optional={
         "name": text,
         "description": text,
@@ -159,6 +190,8 @@ def test_resolving_agrees_with_the_definition(data):
                     of_layer, of_head = selector.split(".")
                     if covers(of_layer, layer) and covers(of_head, head):
                         expected.setdefault(layer, {})[head] = strength
+        if count == 3:  # a policy acts on layers of which it lists nothing, too
+            expected = {layer: expected.get(layer, {}) for layer in range(30)}
         found = resolved.heads if count == 9 else {n: dict.fromkeys(heads) for n, heads in resolved.heads.items()}
         assert found == expected
     assert meant(Recipe.from_dict(recipe.to_dict())) == meant(recipe)

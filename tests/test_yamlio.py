@@ -123,10 +123,10 @@ BOMBS = {
 
 @pytest.mark.parametrize("text", BOMBS.values(), ids=BOMBS)
 def test_bombs_are_refused_quickly(text):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(RecipeError) as caught:
         yamlio.loads(text, "bomb.yaml")
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert len(str(caught.value)) < 500
 
 
@@ -139,9 +139,9 @@ HEAVY = {
 
 @pytest.mark.parametrize("text", HEAVY.values(), ids=HEAVY)
 def test_heavy_but_harmless_text_is_quick_too(text):
-    start = time.perf_counter()
+    start = time.process_time()
     yamlio.loads(text)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_the_fallback_parser_gives_the_same(monkeypatch):

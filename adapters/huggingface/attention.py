@@ -17,15 +17,18 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from headpatch.adapters.huggingface import mass
+from headpatch.adapters.huggingface import mass, scores
+from headpatch.adapters.huggingface.kvcall import kept_attention
+from headpatch.adapters.huggingface.kvplan import Policy, part_of
 from headpatch.adapters.huggingface.masks import Visible, visible
 from headpatch.adapters.huggingface.operands import OperandServer
 from headpatch.adapters.huggingface.outputs import edit_outputs
 from headpatch.adapters.huggingface.plan import LayerPlan
 from headpatch.adapters.huggingface.rows import Rows, StackHooks
 from headpatch.errors import EngineError
+from headpatch.kernels.step import can_merge_step
 
-__all__ = ["NAME", "LayerState", "headpatch_attention"]
+__all__ = ["NAME", "LayerState", "base_attention", "headpatch_attention"]
 
 NAME = "headpatch"
 HEAD_ATTR = "_headpatch"
@@ -47,6 +50,8 @@ class LayerState:
         The module's original config object: where the base implementation is read from, and what goes back on removal.
     plan
         The edits, or None while only observers are on.
+    policy, parts, some
+        The cache policy, if any; under one, the edits of the full and of the streaming heads, and of other sets of heads.
     hooks
         Of the stack around the module; they know the rows of the running call.
     observers
@@ -67,6 +72,9 @@ class LayerState:
     num_kv_heads: int
     config: Any
     plan: LayerPlan | None = None
+    policy: Policy | None = None
+    parts: tuple[LayerPlan | None, LayerPlan | None] = (None, None)
+    some: dict[tuple[int, ...], LayerPlan | None] = field(default_factory=dict)
     hooks: StackHooks | None = None
     observers: list[Any] = field(default_factory=list)
     calls: int = 0
@@ -75,6 +83,14 @@ class LayerState:
 
     def __post_init__(self) -> None:
         self._enlist()
+
+    def part_of(self, heads: tuple[int, ...]) -> LayerPlan | None:
+        """The mass edits of these query heads, for calls of them alone."""
+        if self.plan is None or not self.plan.edits_masses:
+            return None
+        if heads not in self.some:
+            self.some[heads] = part_of(self.plan, heads)
+        return self.some[heads]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -104,12 +120,19 @@ def headpatch_attention(
             f"{type(module).__name__} uses the attention implementation {NAME!r} without being patched; its config was copied "
             "from a patched module. Give it a config of its own"
         )
+    plan = state.plan
     if torch.compiler.is_compiling():
         _note_trace(state.number)
     else:
         state.calls += 1
+    if state.policy is not None:
+        given = (query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
+        return kept_attention(module, state, *given, _edited), None
+    if plan is not None and plan.closed and attention_mask is None and not dropout and _is_eager_gpu(query):
+        quick = _quick_step(state, plan, query, key, value, scaling, kwargs)
+        if quick is not None:
+            return quick, None
     rows = kwargs.pop("headpatch_rows", None) or (state.hooks.current() if state.hooks else None)
-    plan = state.plan
     edits_masses = plan is not None and plan.edits_masses
     if query.shape[1] != state.num_heads or key.shape[1] not in (state.num_kv_heads, state.num_heads):
         raise EngineError(
@@ -117,8 +140,13 @@ def headpatch_attention(
             f"{state.num_heads} and {state.num_kv_heads}; heads sharded over ranks are not supported here"
         )
     base = state.config._attn_implementation
-    if not edits_masses and not state.observers and (plan is None or plan.simple):
-        out, weights = _base(module, state, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
+    chosen_rows = plan is not None and rows is not None and plan.restricted(rows.known)
+    over = plan is not None and plan.until is not None and rows is not None and rows.behind(plan.until)
+    if not edits_masses and not state.observers and (plan is None or over or (plan.simple and not chosen_rows)):
+        plan = None if over else plan
+        out, weights = base_attention(
+            module, state, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs
+        )
         return (out if plan is None else edit_outputs(out, plan, None)), weights
 
     packed = kwargs.get("cache")
@@ -138,25 +166,79 @@ def headpatch_attention(
         first = _first_key(state, rows, seen, query, causal)
     eager = base == "eager"
     caps = eager or "flex" in base or "flash" in base  # SDPA leaves soft-capping out, and so must we
+    ranges = None
+    if (
+        base == "sdpa"
+        and seen.kind == "blocks"
+        and causal
+        and rows is not None
+        and plan is not None
+        and plan.first_weight is not None
+    ):
+        ranges = rows.causal_ranges(attention_mask)
     call = mass.Call(
         query, key, value, seen, float(scale), kwargs.get("softcap") if caps else None, kwargs.get("s_aux"),
-        first or mass.FirstKey(),
+        first or mass.FirstKey(), ranges,
     )  # fmt: skip
     server = OperandServer(module, state, call, rows)
+    server.edited = edits_masses and first is not None
     weights = None
     if edits_masses and first is not None:
         assert plan is not None
         _refuse_at_call(state, module, dropout, rows, kwargs)
-        out, scaled = _edited(call, plan, server, fuse_scale=not state.observers)
+        out, scaled = _edited(call, plan, server, fuse_scale=not (state.observers or chosen_rows))
     else:
         scaled = False
-        out, weights = _base(module, state, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
+        out, weights = base_attention(
+            module, state, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs
+        )
     for observer in state.observers:
         observer.record(state, server, out)
     return (out if plan is None or scaled else edit_outputs(out, plan, server)), weights
 
 
-def _edited(call: mass.Call, plan: LayerPlan, server: OperandServer, fuse_scale: bool) -> tuple[Tensor, bool]:
+def _is_eager_gpu(query: Tensor) -> bool:
+    return query.is_cuda and not torch.compiler.is_compiling()
+
+
+def _quick_step(
+    state: LayerState, plan: LayerPlan, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, kwargs: dict[str, Any]
+) -> Tensor | None:  # fmt: skip
+    """An eager decoding step on a GPU with nothing unusual about it, where the host is what takes time; None: not such a step."""
+    _, heads, n_q, width = query.shape
+    kv_heads, n_k = key.shape[1:3]
+    if n_q != 1 or n_k < 2 or heads != state.num_heads or kv_heads != state.num_kv_heads or width != value.shape[3]:
+        return None
+    rows = state.hooks.current() if state.hooks else None
+    unusual = (
+        torch.is_grad_enabled() or state.observers or _implementation(state.config) != "sdpa" or not can_merge_step(query)
+        or (rows is not None and (rows.wants_weights or plan.restricted(rows.known) or not _at_start(rows, state)))
+        or any(kwargs.get(name) is not None for name in ("cache", "s_aux", "position_bias", "output_attentions"))
+    )  # fmt: skip
+    if unusual:
+        return None
+    assert plan.first_weight is not None
+    scale = width**-0.5 if scaling is None else float(scaling)
+    device = query.device
+    head_scale = None if plan.scale is None else plan.scale.to(device)
+    return mass.step(query, key, value, plan.first_weight.to(device), head_scale, scale, plan.gentle)
+
+
+def _implementation(config: Any) -> Any:
+    """``config._attn_implementation``, past the attribute map that a config searches at every access."""
+    try:
+        return object.__getattribute__(config, "_attn_implementation_internal")
+    except AttributeError:
+        return config._attn_implementation
+
+
+def _at_start(rows: Rows, state: LayerState) -> bool:
+    """Whether key 0 of this layer's cache is certainly column 0."""
+    offset: Any = 0 if state.cache_layer is None or state.part == "cross" else rows.offsets.get(state.cache_layer, 0)
+    return isinstance(offset, int) and offset == 0
+
+
+def _edited(call: mass.Call, plan: LayerPlan, server: OperandServer | None, fuse_scale: bool) -> tuple[Tensor, bool]:
     """Output with edited masses, and whether constant output factors are in it already."""
     grad = torch.is_grad_enabled() and (
         plan.trainable or call.q.requires_grad or call.k.requires_grad or call.v.requires_grad
@@ -170,17 +252,18 @@ def _edited(call: mass.Call, plan: LayerPlan, server: OperandServer, fuse_scale:
             return mass.biased(call, plan.first_bias(call.k.shape[2], weight)), False
         scale = plan.scale.to(call.q.device) if fuse_scale and plan.scale is not None else None
         return mass.first_token(call, weight, scale, plan.gentle), scale is not None
+    assert server is not None
     edits = plan.family("mass", "scores")
     masks = server.segment_masks(plan.segments)
-    form = mass.explicit if any(e.method.family == "scores" for e in edits) else mass.by_cells
+    form = scores.explicit if any(e.method.family == "scores" for e in edits) else mass.by_cells
     return form(call, edits, masks, plan.owned, server.operands_of), False
 
 
-def _base(
-    module: Any, state: LayerState, query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: float,
+def base_attention(
+    module: Any, state: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: float,
     scaling: float | None, is_causal: bool | None, kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Call the implementation that the module would have used without us."""
+    """Call the implementation that the module would have used without us; `state` holds its `config`."""
     name = state.config._attn_implementation
     default: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
@@ -259,8 +342,8 @@ def _packed_rows(
 
 
 PER_REQUEST = frozenset({
-    "spans", "image_tokens", "column_sinks", "residual_sinks", "column_means", "window_scores", "prompt_len", "position",
-    "without_image",
+    "spans", "beside_spans", "image_tokens", "image_queries", "column_sinks", "residual_sinks", "column_means", "window_scores",
+    "prompt_len", "position", "without_image", "vision_salient",
 })  # fmt: skip
 """Operands that need to know which request a packed token belongs to, and what came before it."""
 

@@ -23,9 +23,13 @@ from torch import Tensor, nn
 from headpatch.adapters.huggingface import attention as patched
 from headpatch.adapters.huggingface.discover import Attention, Layout, find_layout
 from headpatch.adapters.huggingface.hooks import LayerInputHook, PrefillProbe, RootHook
+from headpatch.adapters.huggingface.images import ClassTokenWatch, tower_layers, tower_problems
+from headpatch.adapters.huggingface.kvadopt import CacheProbe, GenerateProbe
+from headpatch.adapters.huggingface.kvdetect import kv_features
+from headpatch.adapters.huggingface.kvplan import check_together, find_policies, unbounded
 from headpatch.adapters.huggingface.marks import Mark, StaleUpdate, inner_caches
 from headpatch.adapters.huggingface.operands import SUPPLIES
-from headpatch.adapters.huggingface.plan import Edit, LayerPlan, home
+from headpatch.adapters.huggingface.plan import Edit, LayerPlan, home, rows_key
 from headpatch.adapters.huggingface.rows import StackHooks
 from headpatch.errors import EngineError, HeadpatchError, UnsupportedModelError
 from headpatch.operands import refusals
@@ -39,6 +43,8 @@ NEVER_WITH = {
     "implementation_branch": "its attention forward compares the implementation's name itself, so another name changes it",
 }
 """Features of a layer under which no edit at all is exact."""
+OF_THE_PROMPT = {"prompt_len", "spans", "beside_spans", "column_sinks", "residual_sinks", "vision_salient"}
+"""Operands for which generate() must say where each prompt ends."""
 
 
 @dataclass
@@ -53,7 +59,6 @@ class Record:
     resolved: tuple[Any, ...]
     thread: int
     strengths: dict[tuple[int, str, int], Tensor] = field(default_factory=dict)
-    arrays: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     trainable: bool = False
 
     @property
@@ -77,22 +82,34 @@ class Controller:
         self.recipe_salt = ""
         self.by_prompt = self.by_request = False
         self.caches: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.ledger: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "caches": None, "observers": [], "data_by_thread": {}, "traced_data": {}}
+        return {
+            **self.__dict__,
+            "caches": None,
+            "ledger": None,
+            "observers": [],
+            "data_by_thread": {},
+            "traced_data": {},
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.caches = weakref.WeakSet()
         for layer in self.states.values():
-            layer.observers = []
+            # (A layer that is still being copied has none yet.)
+            layer.observers = [o for o in getattr(layer, "observers", ()) if o in self.extras]
         for record in self.records:
             record.thread = threading.get_ident()
 
     # --- putting on and taking off ----------------------------------------------------------------------------------------
 
-    def install(self, recipe: Recipe) -> Record:
-        """Add a recipe: everything is resolved, checked and built first, so an error leaves the model as it was."""
+    def install(self, recipe: Recipe, layout: Layout | None = None) -> Record:
+        """Add a recipe: everything is resolved, checked and built first, so an error leaves the model as it was.
+
+        `layout` saves looking for the model's attention layers again, where the caller knows that it is still right.
+        """
         self.refuse_while_running("apply a recipe")
         me = threading.get_ident()
         alive = {t.ident for t in threading.enumerate()}
@@ -102,28 +119,26 @@ class Controller:
                     "another thread has a recipe on this model; one model carries the recipes of one thread at a time. "
                     "Remove that handle first, or give each thread its own copy of the model"
                 )
-        layout = find_layout(self.root)
+        layout = layout or find_layout(self.root)
         resolved = resolve(recipe, layout.shape)
         record = Record(secrets.randbits(62), recipe, resolved, me)
         for patch in resolved:
             self._refuse(patch, layout)
-            record.arrays[patch.index] = patch.arrays()
             if patch.method.family == "cache":
-                raise UnsupportedModelError(
-                    f"patches[{patch.index}]: cache policies ({patch.method.name}) are not supplied by the transformers adapter"
-                )
+                continue
             for layer, heads in patch.heads.items():
                 where = layout.attention[patch.part, layer]
                 values = torch.tensor(list(heads.values()), dtype=torch.float64)
                 record.strengths[patch.index, patch.part, layer] = values.to(*home(where.module))
+        check_together([*self.records, record])
         self._swap([*self.records, record], layout)
         return record
 
-    def uninstall(self, record_id: int) -> None:
+    def uninstall(self, record_id: int, layout: Layout | None = None) -> None:
         """Take a recipe off; nothing happens if it is off already."""
         if any(r.id == record_id for r in self.records):
             self.refuse_while_running("remove a recipe")
-            self._swap([r for r in self.records if r.id != record_id], find_layout(self.root))
+            self._swap([r for r in self.records if r.id != record_id], layout or find_layout(self.root))
 
     def refresh(self) -> None:
         """Build all plans anew, after strengths or observers changed."""
@@ -139,14 +154,20 @@ class Controller:
                     for layer, heads in patch.heads.items()
                 },
             )
+            if patch.method.family != "cache"
+            else patch
             for patch in record.resolved
         )
 
     def _refuse(self, patch: Any, layout: Layout) -> None:
+        bounded = unbounded(patch, layout) if patch.method.family == "cache" else ()
         for layer in patch.heads:
             where = layout.attention[patch.part, layer]
+            features = (*where.features, *bounded, *(kv_features(where) if patch.method.family == "cache" else ()))
             problems = [NEVER_WITH[f] for f in where.features if f in NEVER_WITH]
-            problems += refusals(patch.method.operands(), SUPPLIES, where.features)
+            problems += refusals(patch.method.operands(), SUPPLIES, features) or tower_problems(
+                patch.method.segments(), layout
+            )
             if problems:
                 raise UnsupportedModelError(
                     f"patches[{patch.index}] ({patch.method.name}) on layer {patch.part}.{layer} "
@@ -154,9 +175,12 @@ class Controller:
                 )
 
     def _swap(self, records: list[Record], layout: Layout) -> None:
-        plans = _plans(records, layout)
-        watched = {key for observer in self.observers for key in observer.layers}
-        wanted = {a.path: a for key, a in layout.attention.items() if key in plans or key in watched}
+        plans, policies = _plans(records, layout), find_policies(records, layout)
+        looked_at = tower_layers(plans.values(), layout)
+        watched = looked_at.union(*(observer.layers for observer in self.observers))
+        wanted = {
+            a.path: a for key, a in layout.attention.items() if {key} & (plans.keys() | policies.keys() | watched)
+        }
         for path, where in wanted.items():
             other = where.module.__dict__.get(patched.HEAD_ATTR)
             if other is not None and other is not self.states.get(path):
@@ -172,11 +196,22 @@ class Controller:
         for path, stack in stacks.items():
             if path not in self.stacks:
                 self.stacks[path] = StackHooks(self, stack)
+        for extra in self.extras:
+            extra.remove()
+        self.extras = [ClassTokenWatch(self, layout, looked_at)] if looked_at else []
+        observers = [*self.observers, *self.extras]
         for where in wanted.values():
             state = self.states.get(where.path) or self._patch(where)
             state.hooks = self.stacks[where.stack_path]
-            state.plan = plans.get((where.part, where.layer))
-            state.observers = [o for o in self.observers if (where.part, where.layer) in o.layers]
+            state.plan, state.policy = plans.get((where.part, where.layer)), policies.get((where.part, where.layer))
+            state.some = {}
+            state.parts = state.policy.split(state.plan) if state.policy is not None else (None, None)
+            state.observers = [o for o in observers if (where.part, where.layer) in o.layers]
+        for path, hooks in self.stacks.items():
+            mine = [self.states[a.path] for a in wanted.values() if a.stack_path == path]
+            hooks.policies = {
+                s.cache_layer: s.policy for s in mine if s.policy is not None and s.cache_layer is not None
+            }
         self.records = records
         self._extras(wanted)
         self._update_salt()
@@ -208,9 +243,6 @@ class Controller:
 
     def _extras(self, wanted: dict[str, Attention]) -> None:
         """Hooks that only some operands need: layer inputs, token ids, the prompt's length."""
-        for extra in self.extras:
-            extra.remove()
-        self.extras = []
         needs: dict[str, set[str]] = {}
         for path, where in wanted.items():
             state = self.states[path]
@@ -220,16 +252,24 @@ class Controller:
             needs[path] = asked
             if asked & {"layer_input", "residual_sinks"}:
                 self.extras.append(LayerInputHook(self.root, where.path, state.hooks, where.layer))
+            if state.policy is not None and state.hooks is not None:
+                self.extras.append(CacheProbe(self.root, where.path, state.hooks))
+        if any(hooks.policies for hooks in self.stacks.values()):
+            self.extras.append(GenerateProbe(self))
+            if any(p.selection for hooks in self.stacks.values() for p in hooks.policies.values()):
+                needs["policies"] = {"prompt_len"}
         asked_anywhere = set().union(*needs.values()) if needs else set()
-        if "image_tokens" in asked_anywhere:
+        if asked_anywhere & {"image_tokens", "image_queries", "vision_salient"}:
             self.extras.append(RootHook(self))
-        if asked_anywhere & {"prompt_len", "spans", "column_sinks", "residual_sinks"}:
-            self.extras.append(PrefillProbe(self))
+        companions = "without_image" in asked_anywhere
+        if companions or asked_anywhere & OF_THE_PROMPT:
+            self.extras.append(PrefillProbe(self, companions))
 
     # --- caches -----------------------------------------------------------------------------------------------------------
 
     def _update_salt(self) -> None:
         active = {e.key[0] for s in self.states.values() if s.plan for e in s.plan.edits}
+        active |= {s.policy.key[0] for s in self.states.values() if s.policy}
         self.recipe_salt = "|".join(r.salt for r in self.records if r.recipe.digest in active)
         scopes = {patch.method.scope for r in self.records for patch in r.resolved}
         self.by_prompt, self.by_request = "prompt" in scopes, "request" in scopes
@@ -237,7 +277,10 @@ class Controller:
     @property
     def salt(self) -> str:
         """What keys and values made now depend on, beside the tokens: the recipes, and data of this call where one asks for it."""
-        return f"{self.recipe_salt}|{self.call_data.get('spans')!r}" if self.by_request else self.recipe_salt
+        given = self.call_data
+        salt = f"{self.recipe_salt}|{given.get('spans')!r}" if self.by_request else self.recipe_salt
+        chosen = [(r.recipe.digest, given[key]) for r in self.records if (key := rows_key(r.id)) in given]
+        return f"{salt}|{chosen!r}" if chosen else salt
 
     def admit(self, cache: Any) -> None:
         """Refuse a cache whose keys and values were made under another recipe, and mark a fresh one."""
@@ -329,7 +372,7 @@ def _plans(records: list[Record], layout: Layout) -> dict[tuple[str, int], Layer
     edits: dict[tuple[str, int], list[Edit]] = {}
     for record in records:
         for patch in record.resolved:
-            for layer, heads in patch.heads.items():
+            for layer, heads in patch.heads.items() if patch.method.family != "cache" else ():
                 strength = record.strengths[patch.index, patch.part, layer]
                 ids = list(heads)
                 if not record.trainable:
@@ -338,9 +381,12 @@ def _plans(records: list[Record], layout: Layout) -> dict[tuple[str, int], Layer
                     if not keep:
                         continue
                     ids, strength = [ids[i] for i in keep], strength[keep]
-                arrays = {n: a.to(strength.device) for n, a in record.arrays.get(patch.index, {}).items()}
+                arrays = {
+                    name: array.to(strength.device, strength.dtype if array.is_floating_point() else None)
+                    for name, array in patch.pick(layer, ids).items()
+                }
                 index = torch.tensor(ids, dtype=torch.long, device=strength.device)
                 edits.setdefault((patch.part, layer), []).append(
-                    Edit(patch.method, index, strength, (record.recipe.digest, patch.index), arrays)
+                    Edit(patch.method, index, strength, (record.recipe.digest, patch.index), arrays, record.id)
                 )
     return {key: LayerPlan.build(layout.attention[key].num_heads, found) for key, found in edits.items()}

@@ -21,6 +21,10 @@ __all__ = ["Attention", "Layout", "find_layout", "layout_of_config", "output_pro
 
 CROSS = re.compile(r"encoder_attn|EncDecAttention|cross_?att", re.IGNORECASE)
 VISION = re.compile(r"(^|[._])(vision|visual|image|vit)", re.IGNORECASE)
+CLASS_TOKENS = {"class_embedding", "cls_token"}
+ONE_BY_ONE = {"llava", "vipllava"}
+"""Model types whose image tokens each stand for one patch; others pool patches, cut pictures into tiles or add tokens."""
+STRATEGY = "vision_feature_select_strategy"
 AUDIO = re.compile(r"(^|[._])(audio|speech)", re.IGNORECASE)
 
 
@@ -122,7 +126,7 @@ def find_layout(root: nn.Module) -> Layout:
         heads, kv = _head_counts(module)
         dim = _head_dim(module, heads)
         found[part, layer] = Attention(
-            path, module, part, layer, stack_path, stack, heads, kv, dim, _features(root, module)
+            path, module, part, layer, stack_path, stack, heads, kv, dim, _features(root, module, part)
         )
     if not found:
         raise UnsupportedModelError(
@@ -130,6 +134,9 @@ def find_layout(root: nn.Module) -> Layout:
             + (f" (own softmax: {', '.join(silent[:4])})" if silent else "")
             + "; only models that do can be patched"
         )
+    for where in found.values():
+        if "no_image_tokens" not in where.features:
+            where.features += _patch_features(root, found)
     paths = tuple(a.path for a in found.values())
     silent = [s for s in silent if not any(p.startswith(f"{s}.") or s.startswith(f"{p}.") for p in paths)]
     return Layout(root, found, tuple(silent), _shape(root, found, lengths))
@@ -203,7 +210,7 @@ def _head_dim(module: Any, heads: int) -> int:
     return int(dim or _first(module.config, "head_dim") or module.config.hidden_size // heads)
 
 
-def _features(root: Any, module: Any) -> tuple[str, ...]:
+def _features(root: Any, module: Any, part: str) -> tuple[str, ...]:
     found = []
     code = _code(module)
     if "position_bias" in (*code.co_varnames, *code.co_names) or hasattr(module, "has_relative_attention_bias"):
@@ -215,7 +222,28 @@ def _features(root: Any, module: Any) -> tuple[str, ...]:
         found.append("implementation_branch")
     if int(getattr(root, "_tp_size", None) or 1) > 1:
         found.append("tensor_parallel")
+    if not _has_image_tokens(root.config, part):
+        found.append("no_image_tokens")
     return tuple(found)
+
+
+def _has_image_tokens(config: Any, part: str) -> bool:
+    """Whether images stand in this part's sequence, as placeholder tokens whose embeddings the model replaces."""
+    named = _first(config, "image_token_id", "image_token_index") is not None
+    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    # Layers that attend across to the image (Mllama) leave a single marker in the sequence, which stands for nothing.
+    return named and part in ("text", "encoder") and not getattr(inner, "cross_attention_layers", None)
+
+
+def _patch_features(root: Any, found: dict[tuple[str, int], Attention]) -> tuple[str, ...]:
+    """What keeps attention inside the vision tower from being told of image tokens."""
+    tower = next((a.stack for (part, _), a in found.items() if part == "vision"), None)
+    names = [] if tower is None else [name.rsplit(".", 1)[-1] for name, _ in tower.named_parameters()]
+    if not CLASS_TOKENS & set(names):
+        return ("no_class_token",)
+    # "full" makes a token of the class token, too.
+    single = root.config.model_type in ONE_BY_ONE and getattr(root.config, STRATEGY, "default") == "default"
+    return () if single else ("merged_patches",)
 
 
 def _shape(root: Any, found: dict[tuple[str, int], Attention], lengths: dict[str, int]) -> ModelShape:

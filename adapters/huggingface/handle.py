@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from headpatch.adapters.huggingface.controller import Controller, Record, controller_of
+from headpatch.adapters.huggingface.plan import rows_key
 from headpatch.adapters.huggingface.report import Report, build_report
-from headpatch.adapters.huggingface.spans import Spans, row_numbers, token_spans
+from headpatch.adapters.huggingface.spans import ChosenRows, Spans, row_numbers, token_spans
 from headpatch.errors import HeadpatchError
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ class HuggingFaceHandle:
     @contextlib.contextmanager
     def inputs(
         self, *, spans: Sequence[Any] | None = None, prompt_len: Sequence[int] | None = None,
-        without_image: Sequence[int | None] | None = None, prompts: Sequence[str] | None = None, tokenizer: Any = None,
+        without_image: Sequence[int | None] | None = None, rows: Sequence[bool] | None = None,
+        prompts: Sequence[str] | None = None, tokenizer: Any = None,
     ) -> Iterator[None]:  # fmt: skip
         """Data for the calls inside the with block, one entry per row of the batch.
 
@@ -98,6 +100,10 @@ class HuggingFaceHandle:
             Real tokens of each row's prompt, where the first call does not show them (chunks fed by hand).
         without_image
             Per row, the row of the same batch that holds the prompt without its image; None for rows that need none.
+        rows
+            Per row, whether this handle's recipe acts on it at all. All other data is for every recipe on the model; this is for
+            this handle's, so that one batch can carry another recipe in each row: see :func:`headpatch.by_row`. Recipes that edit
+            head outputs only.
         prompts, tokenizer
             The rows' texts and a fast tokenizer, called as ``tokenizer(prompt)``.
 
@@ -106,7 +112,7 @@ class HuggingFaceHandle:
         HeadpatchError
             A span is not found, out of range or of another type; an entry is given twice; the handle is off.
         """
-        controller, _ = self._on_model()
+        controller, record = self._on_model()
         data: dict[str, Any] = {}
         if spans is not None:
             data["spans"] = Spans.of(token_spans(spans, prompts, tokenizer))
@@ -114,8 +120,16 @@ class HuggingFaceHandle:
             data["prompt_len"] = torch.tensor(row_numbers("prompt_len", prompt_len, 1))
         if without_image is not None:
             data["without_image"] = row_numbers("without_image", without_image, 0, or_none=True)
+        if rows is not None:
+            others = {patch.method.name for patch in self._recipe.patches if patch.method.family != "output"}
+            if others:
+                raise HeadpatchError(
+                    f"inputs(rows=...) can keep edits of head outputs to some rows, and {', '.join(sorted(others))} does more: "
+                    "run those rows in a batch of their own"
+                )
+            data[rows_key(record.id)] = ChosenRows.of(rows)
         if not data:
-            raise HeadpatchError("inputs() was given nothing; name spans, prompt_len or without_image")
+            raise HeadpatchError("inputs() was given nothing; name spans, prompt_len, rows or without_image")
         with controller.given(data):
             yield
 

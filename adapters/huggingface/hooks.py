@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from headpatch.adapters.huggingface.companions import prefill_beside
+from headpatch.adapters.huggingface.images import encoded_before, image_token_of
 from headpatch.errors import EngineError
 
 if TYPE_CHECKING:
@@ -14,6 +17,10 @@ if TYPE_CHECKING:
     from headpatch.adapters.huggingface.rows import StackHooks
 
 __all__ = ["LayerInputHook", "PrefillProbe", "RootHook"]
+
+
+EMBEDDED = ("image_embeds", "image_features")
+"""Arguments under which some models take pictures that were encoded before."""
 
 
 class LayerInputHook:
@@ -44,14 +51,19 @@ class RootHook:
     def __init__(self, controller: Controller) -> None:
         self.controller = controller
         self.handle = controller.root.register_forward_pre_hook(self.before, with_kwargs=True)
-        config: Any = controller.root.config
-        token = getattr(config, "image_token_id", None)
-        self.token = getattr(config, "image_token_index", None) if token is None else token
+        self.token = image_token_of(controller.root.config)
+        self.names = tuple(inspect.signature(inspect.unwrap(type(controller.root).forward)).parameters)[1:]
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Publish input_ids, or that there are none."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        ids = given.get("input_ids")
         data = self.controller.call_data
+        outputs = given.get("mm_encoder_outputs")  # from generate(), which encodes pictures before the first call
+        data["pictures"] = any(
+            v is not None for n, v in given.items() if n.startswith("pixel_values") or n in EMBEDDED
+        ) or (isinstance(outputs, dict) and any(v is not None for v in outputs.values()))
+        data["class_token"] = encoded_before(outputs)
         data["image_token_id"] = self.token
         data["input_ids"] = ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
 
@@ -61,13 +73,15 @@ class RootHook:
         for data in (*self.controller.data_by_thread.values(), self.controller.traced_data):
             data.pop("input_ids", None)
             data.pop("image_token_id", None)
+            data.pop("pictures", None)
+            data.pop("class_token", None)
 
 
 class PrefillProbe:
     """Stands before ``model._prefill`` of generate(): the only place that sees a whole prompt when it is prefilled in chunks."""
 
-    def __init__(self, controller: Controller) -> None:
-        self.controller = controller
+    def __init__(self, controller: Controller, companions: bool = False) -> None:
+        self.controller, self.companions = controller, companions
         if hasattr(type(controller.root), "_prefill"):
             controller.root.__dict__["_prefill"] = self
 
@@ -88,6 +102,9 @@ class PrefillProbe:
                 "like a longer prompt; leave the cache on"
             )
         run = type(root)._prefill.__get__(root)
+        if self.companions and "without_image" not in self.controller.call_data:
+            options = (generation_config, *args)
+            return prefill_beside(self.controller, run, input_ids, model_kwargs, *options, **kwargs)
         if "prompt_len" in self.controller.call_data:
             return run(input_ids, generation_config, model_kwargs, *args, **kwargs)
         mask = model_kwargs.get("decoder_attention_mask" if root.config.is_encoder_decoder else "attention_mask")

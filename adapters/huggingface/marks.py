@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+from headpatch.adapters.huggingface.kvadopt import release
 from headpatch.errors import EngineError
 
 __all__ = ["Mark", "StaleUpdate", "inner_caches"]
@@ -59,6 +60,7 @@ class StaleUpdate(_OnCache):
         if cache is not None and int(cache.get_seq_length()) == 0:
             del cache.update
             cache.headpatch_salt = None
+            release(cache)
             return cache.update(*args, **kwargs)
         return _refuse()
 

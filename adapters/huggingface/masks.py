@@ -13,7 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Visible", "visible"]
+__all__ = ["Visible", "causal_ranges", "visible"]
+
+BLOCK = 1024
+"""Mask rows that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,8 @@ class Visible:
     Attributes
     ----------
     kind
-        ``all`` (every query sees every key), ``causal`` (queries and keys are equal in number, query i sees keys 0..i) or
-        ``blocks`` (ask :meth:`block`).
+        ``all`` (every query sees every key), ``causal`` (queries and keys are equal in number, query i sees keys 0..i), ``tail``
+        (causal, and the queries are the last of the keys' tokens) or ``blocks`` (ask :meth:`block`).
     """
 
     kind: str
@@ -39,7 +42,7 @@ class Visible:
             return self.get(start, stop)
         if self.kind == "all":
             return None
-        rows = torch.arange(start, stop, device=self.device)[:, None]
+        rows = torch.arange(start, stop, device=self.device)[:, None] + (self.keys - self.queries)
         return (torch.arange(self.keys, device=self.device) <= rows)[None, None]
 
 
@@ -98,3 +101,35 @@ def visible(mask: object, base: str, q: Tensor, k: Tensor, causal: bool, window:
         return seen[None, None] if real is None else seen[None, None] & real
 
     return Visible("blocks", n_q, n_k, q.device, by_position)
+
+
+def causal_ranges(mask: Tensor, real: Tensor) -> list[tuple[int, int]] | None:
+    """Start and end of each row's tokens where `mask` says nothing but causality among them, as padding alone makes it.
+
+    Parameters
+    ----------
+    mask
+        [b, 1, n, >= n] bool, True: visible.
+    real
+        [b, n] bool, the model-level mask.
+
+    Returns
+    -------
+    list or None
+        One (start, stop) a row; None where the mask holds anything else (a window, packed sequences, holes), or a row is empty.
+        Waits for the device once.
+    """
+    b, n = real.shape
+    if mask.dtype != torch.bool or mask.shape[:3] != (b, 1, n) or mask.shape[3] < n:
+        return None
+    column = torch.arange(n, device=real.device)
+    start, count = real.to(torch.uint8).argmax(-1), real.sum(-1)
+    within = (column >= start[:, None]) & (column < (start + count)[:, None])
+    same = (within == real).all() & ~mask[..., n:].any()
+    for i in range(0, n, BLOCK):
+        rows = column[i : i + BLOCK, None]
+        expected = (column <= rows) & real[:, None]
+        same = same & ((mask[:, 0, i : i + BLOCK, :n] == expected) | ~real[:, i : i + BLOCK, None]).all()
+    found = torch.stack([start, start + count, same.expand(b)]).tolist()
+    ranges = list(zip(found[0], found[1], strict=True))
+    return ranges if all(found[2]) and all(i < j for i, j in ranges) else None

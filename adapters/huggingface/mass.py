@@ -7,26 +7,28 @@ Three forms, all exact (see :mod:`headpatch.segments` for the algebra):
 * :func:`by_cells`: anything else in the mass family. One kernel pass per cell of intersected segments, merged by log-sum-exp.
 * :func:`differentiable`: constant weights with gradients, as extra head dimensions under the ordinary kernel.
 
-Layers with a scores edit go through :func:`explicit`, which holds the scores of one block of queries at a time.
+Layers with a scores edit go another way: :mod:`headpatch.adapters.huggingface.scores`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from headpatch.adapters.huggingface.lse import attend, attend_tiled, repeat_kv, score_dtype
+from headpatch.adapters.huggingface.lse import attend, attend_tiled, flash_for_cpu, score_dtype
 from headpatch.adapters.huggingface.masks import Visible
 from headpatch.adapters.huggingface.plan import Edit
 from headpatch.kernels.first_token import merge_first_token
+from headpatch.kernels.step import can_merge_step, merge_step
+from headpatch.scores import on_heads
 from headpatch.segments import augment, cell_log_weights, cells, include_sink, merge
 
-__all__ = ["Call", "FirstKey", "by_cells", "differentiable", "explicit", "first_token"]
+__all__ = ["Call", "FirstKey", "by_cells", "differentiable", "first_token", "step", "unedited"]
 
 BLOCK = 1024
 """Queries per kernel call where a mask has to be edited: bounds memory to one block of it."""
@@ -69,6 +71,8 @@ class Call:
     softcap: float | None
     sinks: Tensor | None
     first: FirstKey
+    ranges: list[tuple[int, int]] | None = None
+    """Each row's tokens, where padding is all that `seen` holds beside causality."""
 
     @property
     def groups(self) -> int:
@@ -81,17 +85,28 @@ class Call:
         """(o, L) with this call's scale and soft-capping, learned sinks not yet included."""
         return attend(q, k, v, mask=mask, causal=causal, scale=self.scale, softcap=self.softcap)
 
+    def attend_tail(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(o, L) where the queries are the last of the keys' tokens: no mask, but two passes merged by their log-sum-exps."""
+        past = k.shape[2] - q.shape[2]
+        o, lse = self.attend(q, k[:, :, past:], v[:, :, past:], None, causal=True)
+        if not past:
+            return o, lse
+        before, its_lse = self.attend(q, k[:, :, :past], v[:, :, :past], None)
+        share = torch.sigmoid(its_lse - lse).unsqueeze(-1)
+        return torch.lerp(o.to(share.dtype), before.to(share.dtype), share).to(o.dtype), torch.logaddexp(lse, its_lse)
+
 
 def first_token(call: Call, weight: Tensor, head_scale: Tensor | None = None, gentle: bool = False) -> Tensor:
     """Attention with the first token's weight multiplied by `weight` [H], and outputs by `head_scale` [H]; [b, q, H, d].
 
-    The kernel runs on all keys but the first; one fused pass puts the first back with its weight. Where no weight is small
-    (`gentle`), a decoding step on CUDA instead corrects the whole kernel's output in place: fewer launches, no copy.
+    The kernel runs on all keys but the first; one fused pass puts the first back with its weight. `gentle` as in :func:`step`.
     """
     q, k, v = call.q, call.k, call.v
     b, heads, n_q = q.shape[:3]
+    if call.ranges is not None:
+        return _row_by_row(call, call.ranges, weight, head_scale)
     if call.seen.kind == "blocks":
-        blocks = [_masked_block(call, weight, head_scale, *block) for block in _blocks(n_q, BLOCK)]
+        blocks = [_masked_block(call, weight, head_scale, *block) for block in blocks_of(n_q, BLOCK)]
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
     causal = call.seen.kind == "causal"
     if causal:
@@ -99,14 +114,12 @@ def first_token(call: Call, weight: Tensor, head_scale: Tensor | None = None, ge
     if k.shape[2] == 1:  # the kernel must not be called without keys
         rest = v.new_zeros(b, heads, n_q, v.shape[-1])
         lse = torch.full((b, heads, n_q), -math.inf, dtype=score_dtype(q), device=q.device)
-    elif gentle and n_q == 1 and q.device.type == "cuda" and call.sinks is None and not torch.compiler.is_compiling():
-        whole, lse = call.attend(q, k, v, None)
-        return merge_first_token(
-            q, k, v, whole, lse, weight, scale=call.scale, complement=False, head_scale=head_scale,
-            softcap=call.softcap or 0.0, inplace=True,
-        )  # fmt: skip
+    elif n_q == 1 and call.sinks is None and call.softcap is None and can_merge_step(q):
+        return step(q, k, v, weight, head_scale, call.scale, gentle)
     elif causal:  # query 0 sees nothing but the first token; the merge knows that from the missing row
         rest, lse = call.attend(q[:, :, 1:], k[:, :, 1:], v[:, :, 1:], None, causal=True)
+    elif call.seen.kind == "tail":
+        rest, lse = call.attend_tail(q, k[:, :, 1:], v[:, :, 1:])
     else:
         rest, lse = call.attend(q, k[:, :, 1:], v[:, :, 1:], None)
     return merge_first_token(
@@ -115,7 +128,32 @@ def first_token(call: Call, weight: Tensor, head_scale: Tensor | None = None, ge
     )  # fmt: skip
 
 
-def _blocks(total: int, size: int) -> list[tuple[int, int]]:
+def _row_by_row(call: Call, ranges: list[tuple[int, int]], weight: Tensor, head_scale: Tensor | None) -> Tensor:
+    """:func:`first_token` of a padded batch, each row's tokens by themselves: no mask, and nothing done for padding (zeros)."""
+    b, heads, n_q = call.q.shape[:3]
+    out = call.q.new_zeros(b, n_q, heads, call.v.shape[-1])
+    for i, (start, stop) in enumerate(ranges):
+        q, k, v = (x[i : i + 1, :, start:stop] for x in (call.q, call.k, call.v))
+        seen = Visible("causal", stop - start, stop - start, q.device)
+        row = replace(call, q=q, k=k, v=v, seen=seen, first=FirstKey(), ranges=None)
+        out[i : i + 1, start:stop] = first_token(row, weight, head_scale)
+    return out
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, head_scale: Tensor | None, scale: float, gentle: bool
+) -> Tensor:
+    """:func:`first_token` for one query a row that sees every key, on a device where :func:`can_merge_step` holds.
+
+    Where no weight is small (`gentle`) the whole kernel's output is corrected; where one is, that loses digits, and the kernel
+    runs without the first key.
+    """
+    keys, values = (k, v) if gentle else (k[:, :, 1:], v[:, :, 1:])
+    o, lse = attend(q, keys, values, scale=scale)
+    return merge_step(q, k, v, o, lse.contiguous(), weight, scale, not gentle, head_scale)
+
+
+def blocks_of(total: int, size: int) -> list[tuple[int, int]]:
     """Ranges of at most `size` that cover `total`. (A compiler with dynamic shapes is tied to their number, not to `total`.)"""
     if total <= size:
         return [(0, total)]
@@ -138,9 +176,7 @@ def biased_suits(call: Call) -> bool:
 
 def biased(call: Call, bias: Tensor) -> Tensor:
     """As :func:`first_token`, the weights added to the first key's score as `bias` [1, H, 1, n]: one kernel, nothing after it."""
-    out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        call.q, call.k, call.v, 0.0, False, attn_mask=bias, scale=call.scale
-    )
+    out, _ = flash_for_cpu(call.q, call.k, call.v, 0.0, False, attn_mask=bias, scale=call.scale)
     return out.transpose(1, 2).contiguous()
 
 
@@ -177,34 +213,77 @@ OperandsAt = Callable[[Edit, int, int], dict[str, Any]]
 
 
 def by_cells(call: Call, edits: tuple[Edit, ...], segments: Segments, owned: Owned, operands: OperandsAt) -> Tensor:
-    """Attention with any mass edits; `owned` lists, per edit, its segments' places in what `segments` returns."""
+    """Attention with any mass edits; `owned` lists, per edit, its segments' places in what `segments` returns.
+
+    Where one edit names few of the heads, all heads take the ordinary kernel once, and its cells run for those heads alone.
+    """
+    few = len(edits) == 1 and (len(owned[0]) + 1) * len(edits[0].heads) <= len(owned[0]) * call.q.shape[1]
+    heads = edits[0].heads if few else None
+    some = call if heads is None else _of_heads(call, heads)
     n_q, n_k = call.q.shape[2], call.seen.keys
-    k, v = call.k[:, :, :n_k], call.v[:, :, :n_k]  # what is behind are unwritten slots of a static cache
-    blocks = []
-    for start, stop in _blocks(n_q, BLOCK):
-        q, mask = call.q[:, :, start:stop], call.seen.block(start, stop)
+    k, v = some.k[:, :, :n_k], some.v[:, :, :n_k]  # what is behind are unwritten slots of a static cache
+    blocks, start = [], 0
+    while start < n_q:
+        masks = [_rows_of(s, heads) for s in segments(start, min(n_q, start + BLOCK))]
+        per_head = max(m.shape[1] for m in masks)
+        stop = min(n_q, start + max(64, BLOCK // per_head))  # a mask per head takes that many times the memory
+        masks = [s[..., : stop - start, :n_k] for s in masks]
+        mask = _rows_of(call.seen.block(start, stop), heads)
         outputs, lses, inside = [], [], []
-        for names, cell in cells([s[..., :n_k] for s in segments(start, stop)]):
-            o, lse = call.attend(q, k, v, _and(mask, cell))
+        for names, cell in _partition(masks, owned[0]) if len(edits) == 1 else cells(masks):
+            o, lse = call.attend(some.q[:, :, start:stop], k, v, _and(mask, cell))
             outputs.append(o)
             lses.append(lse)
             inside.append(names)
-        if call.sinks is not None:  # a key of value zero, in no segment
+        if some.sinks is not None:  # a key of value zero, in no segment
             outputs.append(torch.zeros_like(outputs[0]))
-            lses.append(call.sinks.to(lses[0])[:, None].expand_as(lses[0]))
+            lses.append(some.sinks.to(lses[0])[:, None].expand_as(lses[0]))
             inside.append(())
-        patches = [(owned[i], _on_heads(edit, operands(edit, start, stop))) for i, edit in enumerate(edits)]
+        given = [(edit, operands(edit, start, stop)) for edit in edits]
+        patches = [(owned[i], on_heads(*pair, everywhere=heads is not None)) for i, pair in enumerate(given)]
         blocks.append(merge(outputs, lses, cell_log_weights(lses, inside, patches)))
-    return torch.cat(blocks, 2).transpose(1, 2).contiguous()
+        start = stop
+    out = torch.cat(blocks, 2)
+    if heads is not None:
+        out = unedited(call).index_copy(1, heads, out)
+    return out.transpose(1, 2).contiguous()
 
 
-def _on_heads(edit: Edit, operands: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    def reshare(shares: Tensor) -> Tensor:
-        chosen = shares.index_select(2, edit.heads)
-        new = edit.method.reshare(chosen, edit.strength.to(shares.dtype), operands)  # type: ignore[attr-defined]
-        return shares.index_copy(2, edit.heads, new.to(shares.dtype))
+def _of_heads(call: Call, heads: Tensor) -> Call:
+    """The call of these query heads alone, each with a copy of its keys and values."""
+    kv = heads // call.groups
+    sinks = None if call.sinks is None else call.sinks.index_select(0, heads)
+    return replace(
+        call, q=call.q.index_select(1, heads), k=call.k.index_select(1, kv), v=call.v.index_select(1, kv), sinks=sinks
+    )
 
-    return reshare
+
+def _rows_of(mask: Any, heads: Tensor | None) -> Any:
+    """A mask [b, 1 or H, ...] of these heads."""
+    return mask if mask is None or heads is None or mask.shape[1] == 1 else mask.index_select(1, heads)
+
+
+def unedited(call: Call) -> Tensor:
+    """[b, H, q, d] of the ordinary kernel."""
+    n_q, n_k = call.q.shape[2], call.seen.keys
+    k, v = call.k[:, :, :n_k], call.v[:, :, :n_k]
+    if call.seen.kind == "blocks":
+        pairs = [call.attend(call.q[:, :, i:j], k, v, call.seen.block(i, j)) for i, j in blocks_of(n_q, BLOCK)]
+        out, lse = (torch.cat(x, 2) for x in zip(*pairs, strict=True))
+    elif call.seen.kind == "tail":
+        out, lse = call.attend_tail(call.q, k, v)
+    else:
+        out, lse = call.attend(call.q, k, v, None, causal=call.seen.kind == "causal")
+    return out if call.sinks is None else include_sink(out, lse, call.sinks)[0]
+
+
+def _partition(masks: list[Tensor], named: tuple[int, ...]) -> list[tuple[tuple[int, ...], Tensor]]:
+    """One cell per segment of a single edit, and the rest; a key that lies in two belongs to the first."""
+    found, free = [], torch.ones((), dtype=torch.bool, device=masks[0].device)
+    for i in named:
+        found.append(((i,), masks[i] & free))
+        free = free & ~masks[i]
+    return [*found, ((), free)]
 
 
 def _and(mask: Tensor | None, cell: Tensor) -> Tensor:
@@ -213,55 +292,6 @@ def _and(mask: Tensor | None, cell: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask & cell
     return torch.where(cell, mask, torch.finfo(mask.dtype).min)
-
-
-def explicit(call: Call, edits: tuple[Edit, ...], segments: Segments, owned: Owned, operands: OperandsAt) -> Tensor:
-    """Attention with scores edits (and any mass edits beside them), a block of queries' scores at a time."""
-    step = 256
-    n_q, n_k, dtype = call.q.shape[2], call.seen.keys, score_dtype(call.q)
-    k = repeat_kv(call.k[:, :, :n_k], call.groups).to(dtype)
-    v = repeat_kv(call.v[:, :, :n_k], call.groups).to(dtype)
-    blocks = []
-    for start, stop in _blocks(n_q, step):
-        scores = torch.matmul(call.q[:, :, start:stop].to(dtype), k.transpose(2, 3)) * call.scale
-        if call.softcap is not None:
-            scores = call.softcap * torch.tanh(scores / call.softcap)
-        mask = call.seen.block(start, stop)
-        if mask is not None:
-            low = torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else None
-            scores = scores.masked_fill(~mask if low is None else mask < low, -math.inf)
-            scores = scores if low is None else scores + mask.clamp_min(low).to(dtype)
-        masks = [s[..., :n_k] for s in segments(start, stop)]
-        for i, edit in enumerate(edits):
-            given = operands(edit, start, stop)
-            if edit.method.family == "scores":
-                inside = masks[owned[i][0]].expand_as(scores).index_select(1, edit.heads)
-                old = scores.index_select(1, edit.heads)
-                new = edit.method.transform(  # type: ignore[attr-defined]
-                    old.masked_fill(~inside, -math.inf), edit.strength.to(dtype), given
-                )
-                scores = scores.index_copy(
-                    1, edit.heads, torch.where(inside & ~torch.isneginf(old), new.to(dtype), old)
-                )
-                continue
-            parts, rest, inside_of = [], scores, []
-            for s in owned[i]:  # a key that lies in two of a method's segments belongs to the first
-                inside_of.append(masks[s] & ~torch.isneginf(rest))
-                parts.append(rest.masked_fill(~masks[s], -math.inf).logsumexp(-1))
-                rest = rest.masked_fill(masks[s], -math.inf)
-            lses = [*parts, rest.logsumexp(-1)]
-            log_w = cell_log_weights(lses, [*((s,) for s in owned[i]), ()], [(owned[i], _on_heads(edit, given))])
-            total = log_w[-1].unsqueeze(-1).expand_as(scores)
-            for place, inside in enumerate(inside_of):
-                total = torch.where(inside, log_w[place].unsqueeze(-1), total)
-            scores = scores + total
-        if call.sinks is not None:
-            sink = call.sinks.to(dtype)[None, :, None, None].expand(scores.shape[0], -1, stop - start, 1)
-            p = torch.softmax(torch.cat([scores, sink], -1), -1)[..., :-1]
-        else:
-            p = torch.softmax(scores.masked_fill(torch.isneginf(scores).all(-1, keepdim=True), 0.0), -1)
-        blocks.append(torch.matmul(p, v).to(call.q.dtype))
-    return torch.cat(blocks, 2).transpose(1, 2).contiguous()
 
 
 def differentiable(call: Call, weight: Tensor) -> Tensor:
@@ -276,14 +306,14 @@ def differentiable(call: Call, weight: Tensor) -> Tensor:
     plain = call.softcap is None and call.sinks is None and k.shape[-1] == width
     if plain:
         q, k, v = augment(q, k, v, log_w, members, call.scale)
-        mask = call.seen.block(0, n_q) if call.seen.kind == "blocks" else None
+        mask = call.seen.block(0, n_q) if call.seen.kind in ("blocks", "tail") else None
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=call.seen.kind == "causal", scale=call.scale, enable_gqa=call.groups > 1
         )
         return out[..., :width].transpose(1, 2).contiguous()
     bias = log_w[None, :, :, None].to(score_dtype(q)) * members.to(score_dtype(q)).transpose(1, 2)[:, None]
     out, lse = attend_tiled(
-        q, k, v, mask=call.seen.block(0, n_q) if call.seen.kind == "blocks" else None,
+        q, k, v, mask=call.seen.block(0, n_q) if call.seen.kind in ("blocks", "tail") else None,
         causal=call.seen.kind == "causal", scale=call.scale, softcap=call.softcap, bias=bias,
     )  # fmt: skip
     if call.sinks is not None:

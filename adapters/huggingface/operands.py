@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from headpatch.adapters.huggingface.discover import output_projection
-from headpatch.adapters.huggingface.lse import attend, repeat_kv, score_dtype
+from headpatch.adapters.huggingface.images import image_columns, salient_columns
+from headpatch.adapters.huggingface.plan import rows_key
+from headpatch.adapters.huggingface.scores import explicit
+from headpatch.adapters.huggingface.statistics import CallStatistics
 from headpatch.errors import EngineError
 from headpatch.operands import Segment, Supply
 
 if TYPE_CHECKING:
-    from headpatch.adapters.huggingface.attention import LayerState
-    from headpatch.adapters.huggingface.mass import Call
-    from headpatch.adapters.huggingface.plan import Edit
-    from headpatch.adapters.huggingface.rows import Rows
+    from headpatch.adapters.huggingface.plan import Edit, LayerPlan
 
 __all__ = ["SUPPLIES", "OperandServer"]
 
 _NEVER_WITH = ("position_bias", "implementation_branch", "tensor_parallel")
 _PROMPT = (*_NEVER_WITH,)
+_CACHE = (*_NEVER_WITH, "no_kv_cache", "keys_after_update", "other_cache_layer", "no_unbounded_layer")
+_IMAGE = (*_NEVER_WITH, "no_image_tokens")
 SUPPLIES: dict[str, Supply] = {
     "first_token": Supply(not_with=_NEVER_WITH, note="all masks, caches and packings"),
     "spans": Supply(not_with=_NEVER_WITH, note="given with handle.inputs(spans=...)"),
-    "image_tokens": Supply(not_with=_NEVER_WITH, note="where the model's config names an image token"),
+    "beside_spans": Supply(not_with=_NEVER_WITH, note="given with handle.inputs(spans=...)"),
+    "image_tokens": Supply(not_with=_IMAGE, note="where the model's config names an image token"),
+    "vision_salient": Supply(
+        not_with=(*_IMAGE, "no_class_token", "merged_patches"),
+        note="LLaVA with a tower that has a class token; frozen at the end of a prompt that comes in one call",
+    ),
     "column_sinks": Supply(not_with=_PROMPT, note="frozen at the end of a prompt that comes in one call"),
     "residual_sinks": Supply(not_with=_PROMPT, note="frozen at the end of a prompt that comes in one call"),
     "lse": Supply(not_with=_NEVER_WITH),
@@ -41,34 +47,74 @@ SUPPLIES: dict[str, Supply] = {
     "arrays": Supply(),
     "prompt_len": Supply(note="from the first call on an empty cache, generate(), or handle.inputs(prompt_len=...)"),
     "position": Supply(),
-    "without_image": Supply(note="companion rows of the same batch, given with handle.inputs(without_image=...)"),
+    "image_queries": Supply(not_with=("no_image_tokens",), note="where the model's config names an image token"),
+    "without_image": Supply(
+        not_with=("no_image_tokens",),
+        note="made by generate() in its prefill; elsewhere rows of the same batch, named with handle.inputs(without_image=...)",
+    ),
     "all_heads": Supply(not_with=("tensor_parallel",)),
+    "kv_windows": Supply(
+        not_with=_CACHE,
+        note="dynamic, static and quantised caches; layers with a window of their own are left as they are",
+    ),
+    "kv_selection": Supply(
+        not_with=_CACHE,
+        note="dynamic caches, not in compiled calls; layers with a window of their own are left as they are",
+    ),
+    "depth": Supply(note="for policies that choose tokens"),
 }
 """What this adapter supplies, and with which features of a layer it cannot; features are found by discover.py."""
 
 
-class OperandServer:
-    """Operands of one attention call of one layer."""
+class OperandServer(CallStatistics):
+    """Operands of one attention call of one layer; `edited`: whether the call's masses or scores are."""
 
-    def __init__(self, module: nn.Module, state: LayerState, call: Call, rows: Rows | None) -> None:
-        self.module, self.state, self.call, self.rows = module, state, call, rows
+    edited = False
 
-    def operands_of(self, edit: Edit, start: int, stop: int) -> dict[str, Any]:
+    def weights(self, queries: Sequence[int]) -> Tensor:
+        """[b, H, queries, n] attention of single queries of this call (negative: from its end), as the layer's edits leave it."""
+        n_q, plan = self.call.q.shape[2], self.state.plan
+        edits = plan.family("mass", "scores") if self.edited and plan is not None else ()
+        masks, owned = (
+            (self.segment_masks(plan.segments), plan.owned) if edits and plan else (lambda start, stop: [], ())
+        )
+        found = []
+        for query in queries:
+            at = query + n_q if query < 0 else query
+            if not 0 <= at < n_q:
+                raise EngineError(
+                    f"layer {self.state.name}: query {query} of a call with {n_q} queries; give {-n_q} to {n_q - 1}"
+                )
+            found.append(explicit(self.call, edits, masks, owned, self.operands_of, (at, at + 1)))
+        return torch.cat(found, 2)
+
+    def operands_of(self, edit: Edit, start: int, stop: int, all_heads: Tensor | None = None) -> dict[str, Any]:
         """Everything that an edit's method asked for, for queries start..stop, its state, and ``heads``."""
-        given = self._asked(edit, start, stop)
-        for name in edit.method.state:
-            given[name] = self.frozen((*edit.key, name), lambda n=name: edit.method.derive(self._asked(edit))[n])
+        method, alone = edit.method, set(edit.method.state_needs) - set(edit.method.needs)
+        asked = method.needs if method.segments() else [o for o in method.operands() if o not in alone]
+        given = self._asked(edit, asked, all_heads, start, stop)
+        if method.state:
+            known = list(dict.fromkeys((*asked, *method.state_needs)))
+            for name in method.state:
+                derived = self.frozen(
+                    (*edit.key, name), lambda n=name: method.derive(self._asked(edit, known, all_heads))[n]
+                )
+                given[name] = self._of_batch(derived)
         return given
 
-    def _asked(self, edit: Edit, start: int = 0, stop: int | None = None) -> dict[str, Any]:
+    def _asked(
+        self, edit: Edit, names: Iterable[str], all_heads: Tensor | None, start: int = 0, stop: int | None = None
+    ) -> dict[str, Any]:
         given: dict[str, Any] = {"heads": edit.heads}
-        for name in edit.method.needs if edit.method.segments() else edit.method.operands():
+        for name in names:
             if name == "arrays":
                 given[name] = edit.arrays
             elif name == "window_scores":
                 given[name] = self.window_scores(int(getattr(edit.method, "window", 32)))
             elif name != "all_heads":
                 given[name] = self.get(name, start, stop)
+            elif all_heads is not None:
+                given[name] = all_heads
         return given
 
     def get(self, name: str, start: int = 0, stop: int | None = None) -> Any:
@@ -92,36 +138,18 @@ class OperandServer:
             return self.prompt_len()
         if name == "without_image":
             return self._companions()
-        if name in ("first_token", "spans", "image_tokens", "column_sinks", "residual_sinks"):
+        if name == "image_queries":
+            n_q = self.call.q.shape[2]
+            return self._of_batch(image_columns(self)[:, -n_q:])[:, start:stop]
+        if name in ("first_token", "spans", "beside_spans", "image_tokens", "column_sinks", "residual_sinks"):
             return self.segment_masks([Segment(name)])(start, stop)[0]
         raise EngineError(f"layer {self.state.name}: operand {name!r} has no single value in this call")
 
     # --- rows -------------------------------------------------------------------------------------------------------------
 
-    def _known(self) -> Rows:
-        if self.rows is None:
-            raise EngineError(f"layer {self.state.name} was called outside its model's forward; call the model")
-        return self.rows
-
-    def _first(self, of_keys: bool = False) -> Tensor:
-        """[b] or [b, q] column of the first real token, of the queries or (in cross-attention another thing) of the keys."""
-        rows, q = self._known(), self.call.q
-        first = rows.cross_first if of_keys and self.state.part == "cross" else rows.first
-        if first is None:
-            return torch.zeros(q.shape[0], dtype=torch.long, device=q.device)
-        first = first.to(q.device)
-        return first if first.shape[0] == q.shape[0] else first.repeat_interleave(q.shape[0] // first.shape[0], 0)
-
-    def position(self) -> Tensor:
-        """[b, q] position of each query, counted from its row's first real token."""
-        rows, n_q = self._known(), self.call.q.shape[2]
-        first = self._first()
-        columns = torch.arange(n_q, device=first.device) + rows.past
-        return columns[None] - (first if first.ndim == 2 else first[:, None])
-
     def prompt_len(self) -> Tensor:
         """[b] real tokens of each row's prompt."""
-        rows, q = self._known(), self.call.q
+        rows, q = self.known_rows(), self.call.q
         given = rows.known.get("prompt_len")
         if given is not None and self.state.part in ("text", "decoder", "cross"):
             b = q.shape[0]
@@ -130,7 +158,7 @@ class OperandServer:
                     f"inputs(prompt_len=...) has {len(given)} entries, the batch has {b} rows: give one per row"
                 )
             length = torch.as_tensor(given, device=q.device).repeat_interleave(b // len(given), 0)
-            self._kept()["prompt_len",] = length  # later steps of the request come without it
+            self.kept()["prompt_len",] = length  # later steps of the request come without it
             return length
 
         def count() -> Tensor:
@@ -143,50 +171,72 @@ class OperandServer:
                         f"layer {self.state.name}: operand 'prompt_len' is not one number in a row that packs several sequences"
                     )
                 first = first[:, -1]
-            return torch.full((q.shape[0],), rows.length, device=q.device) - first
+            # A stack that is called with pictures or sounds does not say how many positions it makes of them.
+            return torch.full((q.shape[0],), rows.length or q.shape[2], device=q.device) - first
 
         return self.frozen(("prompt_len",), count, whole_prompt=False)
 
-    def frozen(self, key: tuple[Any, ...], compute: Any, whole_prompt: bool = True) -> Tensor:
-        """A tensor that is derived from the prompt once and kept with the cache."""
-        rows, kept = self._known(), self._kept()
-        place = (self.state.name, *key) if whole_prompt else key
+    def restricted(self, plan: LayerPlan) -> bool:
+        """Whether this call keeps an edit of the plan to some of its rows."""
+        return self.rows is not None and plan.restricted(self.rows.known)
+
+    def rows_of(self, edit: Edit) -> Tensor | None:
+        """[b] bool, the rows that an edit is for; None for all."""
+        given = None if self.rows is None else self.rows.known.get(rows_key(edit.handle))
+        if given is None:
+            return None
+        b, mask = self.call.q.shape[0], given.mask
+        if not len(mask) or b % len(mask):
+            raise EngineError(f"inputs(rows=...) has {len(mask)} entries, the batch has {b} rows: give one per row")
+        return self._of_batch(mask.to(self.call.q.device))
+
+    def frozen(
+        self, key: tuple[Any, ...], compute: Any, whole_prompt: bool = True, of_layer: bool | None = None
+    ) -> Tensor:
+        """A tensor that is derived from the prompt once and kept with the cache.
+
+        `of_layer`, by default `whole_prompt`, says whether each layer has its own.
+        """
+        rows, kept = self.known_rows(), self.kept()
+        place = (self.state.name, *key) if (whole_prompt if of_layer is None else of_layer) else key
         if place not in kept:
+            name = key[0] if key[0] in SUPPLIES else key[-1]
             started = rows.past if isinstance(rows.past, int) else int(rows.past)
             if started > 0:
                 raise EngineError(
-                    f"layer {self.state.name}: operand {key[-1]!r} is derived from the prompt, which came in before this call; "
+                    f"layer {self.state.name}: operand {name!r} is derived from the prompt, which came in before this call; "
                     "start with an empty cache"
                 )
-            if whole_prompt and bool((self.prompt_len() > rows.length).any()):
+            if whole_prompt and bool((self.prompt_len() > (rows.length or self.call.q.shape[2])).any()):
                 raise EngineError(
-                    f"layer {self.state.name}: operand {key[-1]!r} needs the whole prompt in one call, and it came in chunks; "
+                    f"layer {self.state.name}: operand {name!r} needs the whole prompt in one call, and it came in chunks; "
                     "turn chunked prefill off"
                 )
             kept[place] = compute()
         return kept[place]
 
-    def _kept(self) -> dict[tuple[Any, ...], Tensor]:
+    def kept(self) -> dict[tuple[Any, ...], Tensor]:
         """State of this request: kept with its cache, or with the call until that has made one."""
-        rows = self._known()
+        rows = self.known_rows()
         kept: dict[tuple[Any, ...], Tensor] = (
             rows.derived if rows.cache is None else rows.cache.__dict__.setdefault("headpatch_state", {})
         )
         return kept
 
     def _layer_input(self) -> Tensor:
-        found = self._known().layer_inputs.get(self.state.layer)
+        found = self.known_rows().layer_inputs.get(self.state.layer)
         if found is None:
             raise EngineError(f"layer {self.state.name}: operand 'layer_input' was not seen in this call")
         return found
 
     def _companions(self) -> Tensor:
-        rows, b = self._known(), self.call.q.shape[0]
+        rows, b = self.known_rows(), self.call.q.shape[0]
         given = rows.known.get("without_image")
         if given is None:
             raise EngineError(
-                f"layer {self.state.name}: operand 'without_image' is needed; put each prompt's copy without its image into the "
-                "batch and name its row: with handle.inputs(without_image=[1, None]): ..."
+                f"layer {self.state.name}: operand 'without_image' is needed. generate() without an assistant makes each prompt's "
+                "copy without its image itself; elsewhere put it into the batch and name its row: "
+                "with handle.inputs(without_image=[1, None]): ..."
             )
         if len(given) != b:
             raise EngineError(f"inputs(without_image=...) names {len(given)} rows, the batch has {b}")
@@ -196,73 +246,6 @@ class OperandServer:
                     f"inputs(without_image=...)[{row}] is {other}: name another row, 0 to {b - 1}, or None"
                 )
         return torch.tensor([-1 if r is None else int(r) for r in given], device=self.call.q.device)
-
-    # --- attention statistics ---------------------------------------------------------------------------------------------
-
-    def lse(self, start: int, stop: int) -> Tensor:
-        """[b, H, q] log-sum-exp of the untouched scores, learned sinks included."""
-        call = self.call
-        if call.seen.kind == "causal" and start == 0 and stop == call.q.shape[2]:
-            k, v = call.k[:, :, : call.seen.keys], call.v[:, :, : call.seen.keys]
-            lse = attend(call.q, k, v, causal=True, scale=call.scale, softcap=call.softcap)[1]
-        else:  # a block of the mask at a time
-            step = 1024
-            lse = torch.cat([self._block_lse(i, min(stop, i + step)) for i in range(start, stop, step)], 2)
-        return lse if call.sinks is None else torch.logaddexp(lse, call.sinks.to(lse)[:, None])
-
-    def _block_lse(self, start: int, stop: int) -> Tensor:
-        call, k, v = self.call, self.call.k, self.call.v
-        mask = call.seen.block(start, stop)
-        if mask is not None and mask.shape[-1] < k.shape[2]:
-            k, v = k[:, :, : mask.shape[-1]], v[:, :, : mask.shape[-1]]
-        return attend(call.q[:, :, start:stop], k, v, mask=mask, scale=call.scale, softcap=call.softcap)[1]
-
-    def _weights(self, start: int, stop: int) -> Tensor:
-        """[b, H, stop - start, n] attention of a block of queries, fp32."""
-        call = self.call
-        q = call.q[:, :, start:stop].to(score_dtype(call.q))
-        scores = torch.matmul(q, repeat_kv(call.k, call.groups).to(q.dtype).transpose(2, 3)) * call.scale
-        if call.softcap is not None:
-            scores = call.softcap * torch.tanh(scores / call.softcap)
-        mask = call.seen.block(start, stop)
-        if mask is not None:
-            if mask.shape[-1] < scores.shape[-1]:
-                mask = nn.functional.pad(mask, (0, scores.shape[-1] - mask.shape[-1]))
-            if mask.dtype == torch.bool:
-                scores = scores.masked_fill(~mask, -math.inf)
-            else:
-                scores = scores + mask.to(scores.dtype)
-        return torch.exp(scores - self.lse(start, stop).unsqueeze(-1)).nan_to_num(0.0)
-
-    def _real_queries(self, start: int, stop: int) -> Tensor:
-        """[b, q] which queries of this call are real tokens."""
-        rows = self._known()
-        real = self.position() >= 0
-        if rows.real is not None and isinstance(rows.past, int):
-            real = real & rows.real[:, rows.past : rows.past + rows.length].to(real.device)
-        return real[:, start:stop]
-
-    def column_means(self) -> Tensor:
-        """[b, H, n]: attention each key receives, averaged over the real queries of this call that can see it."""
-        total, count = torch.zeros(()), torch.zeros(())
-        n_q, step = self.call.q.shape[2], 256
-        for start in range(0, n_q, step):
-            stop = min(n_q, start + step)
-            real = self._real_queries(start, stop)[:, None, :, None]
-            total = total.to(self.call.q.device) + (self._weights(start, stop) * real).sum(2)
-            mask = self.call.seen.block(start, stop)
-            if mask is None:
-                mask = torch.ones(1, 1, stop - start, self.call.k.shape[2], dtype=torch.bool, device=real.device)
-            seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            if seen.shape[-1] < self.call.k.shape[2]:
-                seen = nn.functional.pad(seen, (0, self.call.k.shape[2] - seen.shape[-1]))
-            count = count.to(real.device) + (seen & real).sum(2)
-        return total / count.clamp_min(1)
-
-    def window_scores(self, window: int) -> Tensor:
-        """[b, H, w, n] attention of the last w queries of this call."""
-        n_q = self.call.q.shape[2]
-        return self._weights(max(0, n_q - window), n_q)
 
     # --- segments ---------------------------------------------------------------------------------------------------------
 
@@ -289,11 +272,16 @@ class OperandServer:
     def _whole_segment(self, segment: Segment) -> Tensor:
         if segment.kind == "spans":
             mask = self._span_mask()
+        elif segment.kind == "beside_spans":
+            mask = self._beside_spans()
         elif segment.kind == "image_tokens":
-            mask = self._columns(self._image_columns())
+            mask = self._columns(image_columns(self))
+        elif segment.kind == "vision_salient":
+            key = ("vision_salient", *segment.options)
+            mask = self._columns(self.frozen(key, lambda: salient_columns(self, segment), of_layer=False))
         elif segment.kind == "column_sinks":
-            threshold = float(segment.option("threshold"))  # type: ignore[arg-type]
-            mask = self._columns(self.frozen(("column_sinks", threshold), lambda: self.column_means() > threshold))
+            key = ("column_sinks", *segment.options)
+            mask = self._columns(self.frozen(key, lambda: self._column_sinks(segment)))
         elif segment.kind == "residual_sinks":
             options = dict(segment.options)
             key = ("residual_sinks", *segment.options)
@@ -306,6 +294,19 @@ class OperandServer:
             mask = mask & ~(self._first_mask(0, 1) if other.kind == "first_token" else self._whole_segment(other))
         return mask
 
+    def _column_sinks(self, segment: Segment) -> Tensor:
+        """[b, H, n] keys with a high mean attention in the heads whose edits name the segment; none in the others."""
+        options: dict[str, Any] = {"per_length": False, "min_queries": 1, **dict(segment.options)}
+        edits = self.state.plan.family("mass", "scores") if self.state.plan else ()
+        naming = [e.heads for e in edits if any(s.mentions(segment) for s in e.method.segments())]
+        heads = torch.cat(naming) if naming else torch.arange(self.call.q.shape[1], device=self.call.q.device)
+        total, count = self.column_sums(heads, self.prompt_len())
+        threshold: Any = float(options["threshold"])
+        if options["per_length"]:
+            threshold = (threshold / self.prompt_len().to(total.dtype))[:, None, None]
+        found = (total / count.clamp_min(1) > threshold) & (count >= int(options["min_queries"]))
+        return found.new_zeros(found.shape[0], self.call.q.shape[1], found.shape[2]).index_copy(1, heads, found)
+
     def _extreme(self, dims: tuple[int, ...], threshold: float) -> Tensor:
         """[b, n] keys whose residual stream exceeds `threshold` times its own root mean square in one of `dims`."""
         x = self._layer_input().float()
@@ -314,7 +315,7 @@ class OperandServer:
 
     def _offset(self) -> Any:
         """Column of this layer's key 0."""
-        rows, layer = self._known(), self.state.cache_layer
+        rows, layer = self.known_rows(), self.state.cache_layer
         return rows.offsets.get(layer, 0) if layer is not None and self.state.part != "cross" else 0
 
     def _columns(self, mask: Tensor) -> Tensor:
@@ -322,15 +323,18 @@ class OperandServer:
         call, offset = self.call, self._offset()
         mask = mask.to(call.q.device)
         mask = mask if mask.ndim == 3 else mask[:, None]
-        n, b = call.k.shape[2], call.q.shape[0]
+        n = call.k.shape[2]
         mask = nn.functional.pad(mask, (0, max(0, offset + n - mask.shape[-1])))[..., offset : offset + n]
-        if mask.shape[0] != b:
-            mask = mask.repeat_interleave(b // mask.shape[0], 0)
-        return mask[:, :, None]
+        return self._of_batch(mask)[:, :, None]
+
+    def _of_batch(self, rows: Tensor) -> Tensor:
+        """A tensor with an entry per row of the request, for the rows of this call: beams repeat them."""
+        b = self.call.q.shape[0]
+        return rows if rows.shape[0] == b else rows.repeat_interleave(b // rows.shape[0], 0)
 
     def _span_mask(self) -> Tensor:
         """[b, 1, 1, n] keys of this layer that lie in a span of their row."""
-        rows = self._known()
+        rows = self.known_rows()
         spans = rows.known.get("spans")
         if spans is None:
             raise EngineError(
@@ -341,17 +345,30 @@ class OperandServer:
             raise EngineError(f"inputs(spans=...) has {len(inside)} entries, the batch has {b} rows: give one per row")
         if self.state.part != "cross":
             self._check_spans(spans.ranges)
-        first = self._first(of_keys=True)
-        start = first if first.ndim == 1 else first[:, 0]
-        inside = inside.to(first.device).repeat_interleave(b // len(inside), 0)
-        columns = torch.arange(self.call.k.shape[2], device=first.device)[None] + self._offset() - start[:, None]
+        columns = self._key_positions()
+        inside = self._of_batch(inside.to(columns.device))
         last = inside.shape[1] - 1
         found = torch.gather(inside, 1, columns.clamp(0, last)) & (columns >= 0) & (columns <= last)
         return found[:, None, None].to(self.call.q.device)
 
+    def _beside_spans(self) -> Tensor:
+        """[b, 1, 1, n] keys of the prompt in no span of their row, in rows that have one."""
+        marked, columns = self._span_mask(), self._key_positions()
+        prompt = columns >= 0
+        if self.state.part != "cross":  # whose keys are all prompt
+            prompt = prompt & (columns < self.prompt_len()[:, None])
+        has_one = self._of_batch(self.known_rows().known["spans"].inside.any(-1).to(columns.device))
+        return (prompt & has_one[:, None])[:, None, None].to(marked.device) & ~marked
+
+    def _key_positions(self) -> Tensor:
+        """[b, n] position of this layer's keys, counted from the row's first real key; negative before it."""
+        first = self._first(of_keys=True)
+        start = first if first.ndim == 1 else first[:, 0]
+        return torch.arange(self.call.k.shape[2], device=first.device)[None] + self._offset() - start[:, None]
+
     def _check_spans(self, spans: list[list[tuple[int, int]]]) -> None:
         """Refuse spans that end beyond their row's prompt, once per request: they would grow into what is generated."""
-        kept = self._kept()
+        kept = self.kept()
         if ("spans",) in kept or torch.compiler.is_compiling():
             return
         lengths = self.prompt_len()
@@ -363,28 +380,3 @@ class OperandServer:
                     "comes in chunks, say how long it is with inputs(prompt_len=...)"
                 )
         kept["spans",] = lengths
-
-    def _image_columns(self) -> Tensor:
-        rows = self._known()
-        token = rows.known.get("image_token_id")
-        if token is None:
-            raise EngineError(
-                f"layer {self.state.name}: operand 'image_tokens': the model's config names no image token"
-            )
-        ids = rows.input_ids if rows.input_ids is not None else rows.known.get("input_ids")
-
-        if rows.images is None:
-            if ids is None:
-                raise EngineError(f"layer {self.state.name}: operand 'image_tokens' needs input_ids in the call")
-            kept, here = self._kept(), ids == token
-            before = kept.get(("image_tokens",))
-            past = int(rows.past)
-            if before is not None and past:
-                here = torch.cat([nn.functional.pad(before, (0, past - before.shape[1])), here], 1)
-            elif past:
-                raise EngineError(
-                    f"layer {self.state.name}: operand 'image_tokens': the prompt came in before this call; start with an empty "
-                    "cache"
-                )
-            rows.images = kept["image_tokens",] = here
-        return rows.images

@@ -19,7 +19,7 @@ __all__ = ["edit_outputs"]
 def edit_outputs(out: Tensor, plan: LayerPlan, server: OperandServer | None) -> Tensor:
     """Apply the plan's output edits, in order, in at least fp32; heads without an edit come back bit for bit."""
     scale = plan.constants()[1] if plan.trainable else plan.scale
-    if scale is not None:
+    if scale is not None and (server is None or not server.restricted(plan)):
         factor = scale.to(out.device)[:, None]
         if torch.is_grad_enabled() and (out.requires_grad or factor.requires_grad):
             return (out * factor.to(score_dtype(out))).to(out.dtype)
@@ -27,9 +27,9 @@ def edit_outputs(out: Tensor, plan: LayerPlan, server: OperandServer | None) -> 
     for edit in plan.family("output"):
         assert server is not None
         chosen = out.index_select(2, edit.heads).to(score_dtype(out))
-        given = server.operands_of(edit, 0, out.shape[1])
-        if "all_heads" in edit.method.operands():
-            given["all_heads"] = out
+        given = server.operands_of(edit, 0, out.shape[1], out)
         new = edit.method.edit(chosen, edit.strength.to(chosen.dtype), given)  # type: ignore[attr-defined]
+        if (mine := server.rows_of(edit)) is not None:
+            new = new.where(mine[:, None, None, None], chosen)
         out = out.index_copy(2, edit.heads, new.to(out.dtype))
     return out

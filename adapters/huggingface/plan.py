@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from headpatch.methods.base import ORDER, MassMethod, Method, OutputMethod
 from headpatch.operands import Segment
 
-__all__ = ["Edit", "LayerPlan", "home"]
+__all__ = ["Edit", "LayerPlan", "home", "rows_key"]
 
 
 GENTLE = 0.25
@@ -34,7 +34,9 @@ class Edit:
     key
         (digest of the recipe, patch index): whose edit this is; state is kept under it, also when the recipe is applied again.
     arrays
-        The recipe's tensors, for methods that need them.
+        What the method picked of the recipe's tensors for these heads, floating-point ones in the dtype of `strength`.
+    handle
+        Id of the record that it came with: under :func:`rows_key` of it a call says which rows the edit is for.
     """
 
     method: Method
@@ -42,6 +44,7 @@ class Edit:
     strength: Tensor
     key: tuple[str, int]
     arrays: dict[str, Tensor] = field(default_factory=dict)
+    handle: int = 0
 
     def spread(self, values: Tensor, num_heads: int, neutral: float = 1.0) -> Tensor:
         """[h] values on their heads, `neutral` on all others: [num_heads]."""
@@ -69,8 +72,17 @@ class LayerPlan:
         Distinct segments that the mass and scores edits name, and each such edit's places among them.
     gentle
         Whether no first-token weight is below GENTLE.
+    closed
+        Whether `first_weight` and `scale` say all that is done to this layer.
+    until
+        Where the last edited position is, counted from the end of the prompt, if no edit goes on for ever (and none is of masses):
+        calls behind it are the untouched model's.
+    restrictions
+        What a call's data is looked through for: see :func:`rows_key`.
     bias
         Buffer of :meth:`first_bias`.
+    part_of
+        The query heads of which this is a part of a layer's plan; empty for the plan of a layer.
     """
 
     num_heads: int
@@ -84,7 +96,11 @@ class LayerPlan:
     segments: tuple[Segment, ...] = ()
     owned: tuple[tuple[int, ...], ...] = ()
     gentle: bool = False
+    closed: bool = False
+    until: int | None = None
+    restrictions: frozenset[str] = frozenset()
     bias: Tensor | None = field(default=None, repr=False)
+    part_of: tuple[int, ...] = ()
 
     @classmethod
     def build(cls, num_heads: int, edits: Sequence[Edit]) -> LayerPlan:
@@ -96,18 +112,26 @@ class LayerPlan:
             needs=frozenset(name for e in ordered for name in e.method.operands()),
             edits_masses=any(e.method.family in ("mass", "scores") for e in ordered),
             simple=all(getattr(e.method, "is_constant", False) and not e.method.operands() for e in ordered),
+            restrictions=frozenset(rows_key(e.handle) for e in ordered),
         )  # fmt: skip
+        stops = [e.method.span[1] if isinstance(e.method, OutputMethod) else None for e in ordered]
+        plan.until = max(stops) if stops and None not in stops else None  # type: ignore[type-var]
         named = [e.method.segments() for e in plan.family("mass", "scores")]
         plan.segments = tuple(dict.fromkeys(s for of_edit in named for s in of_edit))
         plan.owned = tuple(tuple(plan.segments.index(s) for s in of_edit) for of_edit in named)
         if not plan.trainable:
             plan.first_weight, plan.scale = plan.constants()
             plan.gentle = plan.first_weight is not None and float(plan.first_weight.min()) >= GENTLE
+            plan.closed = plan.first_weight is not None and (plan.scale is not None or not plan.family("output"))
         return plan
 
     def family(self, *families: str) -> tuple[Edit, ...]:
         """Edits of these families, in acting order."""
         return tuple(e for e in self.edits if e.method.family in families)
+
+    def restricted(self, known: Mapping[str, Any]) -> bool:
+        """Whether this call's data keeps an edit to some of its rows."""
+        return not self.restrictions.isdisjoint(known)
 
     @property
     def first_only(self) -> bool:
@@ -134,11 +158,18 @@ class LayerPlan:
             weight = _product(
                 [e.spread(e.method.weights(e.strength)[:, 0], self.num_heads) for e in mass]  # type: ignore[attr-defined]
             )
+            if self.part_of:
+                weight = weight[list(self.part_of)]
         if output and all(isinstance(e.method, OutputMethod) and e.method.is_constant for e in output):
             scale = _product(
                 [e.spread(e.method.scales(e.strength), self.num_heads) for e in output]  # type: ignore[attr-defined]
             )
         return weight, scale
+
+
+def rows_key(handle: int) -> str:
+    """Under what a call's data says which rows the recipe of one handle is for."""
+    return f"rows of {handle}"
 
 
 def _is_first(method: Any) -> bool:

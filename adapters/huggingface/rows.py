@@ -18,12 +18,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from headpatch.adapters.huggingface.kvadopt import begin
+from headpatch.adapters.huggingface.masks import causal_ranges
 from headpatch.errors import EngineError
 
 if TYPE_CHECKING:
     from headpatch.adapters.huggingface.controller import Controller
+    from headpatch.adapters.huggingface.kvplan import Policy
 
 __all__ = ["Rows", "StackHooks"]
+
+LONG = 512
+"""From this length on a padded prompt is worth a look at its mask: rows one by one, without a mask, are then the faster way."""
 
 BLOCK = 1024
 """Mask rows that are searched at once, so that no second mask is ever stored."""
@@ -60,8 +66,14 @@ class Rows:
         State derived from the prompt in a call that was given no cache; it goes into the cache that the call makes.
     images
         [b, columns so far] bool, image tokens of this call and those before; for layers whose patches asked for it.
+    ranges
+        Masks that this call's layers got, with their :func:`causal_ranges`, by address (which a kept mask cannot lose).
     wants_weights
         Whether attention matrices were asked for, in the call or in the config.
+    mask
+        The model-level mask as it was given.
+    kept, chunk
+        Under a cache policy: what the layers of the cache share, or, without a cache, what this call brings.
     """
 
     first: Tensor | None = None
@@ -77,7 +89,38 @@ class Rows:
     known: dict[str, Any] = field(default_factory=dict)
     derived: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     images: Tensor | None = None
+    ranges: dict[Any, tuple[Tensor, list[tuple[int, int]] | None]] = field(default_factory=dict)
     wants_weights: bool = False
+    mask: Any = None
+    kept: Any = None
+    chunk: Any = None
+
+    def behind(self, until: int) -> bool:
+        """Whether all positions of this call are certainly behind the one that is `until` from the end of every row's prompt.
+
+        Eager calls on a cache only, and without looking at the device but once in a request.
+        """
+        if torch.compiler.is_compiling() or self.cache is None or type(self.past) is not int or not self.past:
+            return False
+        kept = self.cache.__dict__.get("headpatch_state", {})
+        length = kept.get(("prompt_len",))
+        if length is None or (self.first is not None and self.first.ndim != 1):
+            return False
+        if ("prompt_end",) not in kept:
+            first = torch.zeros_like(length) if self.first is None else self.first.to(length.device)
+            kept["prompt_end",] = (first + length.repeat_interleave(len(first) // len(length), 0)).max().cpu()
+        return self.past >= int(kept["prompt_end",]) + until
+
+    def causal_ranges(self, mask: object) -> list[tuple[int, int]] | None:
+        """Each row's tokens in a long padded prompt on an empty cache, where a layer's `mask` is causality among them."""
+        if torch.compiler.is_compiling() or self.real is None or not isinstance(mask, Tensor) or mask.ndim != 4:
+            return None
+        if not (isinstance(self.past, int) and self.past == 0) or not LONG <= self.length == self.real.shape[1]:
+            return None
+        key = (mask.data_ptr(), mask.shape, mask.stride())
+        if key not in self.ranges:
+            self.ranges[key] = (mask, causal_ranges(mask, self.real))
+        return self.ranges[key][1]
 
 
 class StackHooks:
@@ -90,6 +133,7 @@ class StackHooks:
         self.takes_extra = any(
             p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(forward).parameters.values()
         )
+        self.policies: dict[int, Policy] = {}
         self.by_thread: dict[int, Rows] = {}
         self.traced: Rows | None = None
         self.registered: list[Any] = [
@@ -135,6 +179,9 @@ class StackHooks:
             }
             self.controller.admit(cache)
         rows.first, rows.real = _first_columns(mask, rows, cache)
+        rows.mask = mask
+        if cache is not None and hasattr(cache, "get_query_offset"):
+            begin(rows, cache, self)
         encoder_mask = given.get("encoder_attention_mask")
         if isinstance(encoder_mask, Tensor):
             rows.cross_first = _first_columns(encoder_mask, rows, None)[0]

@@ -126,8 +126,8 @@ def dense(
             j = tl.load(FIRST + b * f_b).to(tl.int64) - kv_offset
         there = (j >= 0) & (j < lk)
         j = tl.where(there, j, 0).to(tl.int64)
-        k0 = tl.load(K + b * k_b + kv * k_h + j * k_n + d, mask=(d < D) & there, other=0.0)
-        v0 = tl.load(V + b * v_b + kv * v_h + j * v_n + dv, mask=(dv < DV) & there, other=0.0)
+        k0 = tl.load(K + b * k_b + kv * k_h + j * k_n + d, mask=d < tl.where(there, D, 0), other=0.0)
+        v0 = tl.load(V + b * v_b + kv * v_h + j * v_n + dv, mask=dv < tl.where(there, DV, 0), other=0.0)
         s = tl.sum(q.to(tl.float32) * k0.to(tl.float32)[None, :], axis=1)
         v0 = v0.to(tl.float32)[None, :]
     s = s * scale
@@ -244,3 +244,58 @@ def paged(
         OUT + (t * y_t + h * y_h)[:, None] + dv[None, :], y.to(OUT.dtype.element_ty),
         mask=write[:, None] & (dv < DV)[None, :],
     )  # fmt: skip
+
+
+_STEP = [
+    "Q",
+    "K",
+    "V",
+    "AO",
+    "LSE",
+    "GAMMA",
+    "HEAD_SCALE",
+    "q_b",
+    "q_h",
+    "k_b",
+    "k_h",
+    "v_b",
+    "v_h",
+    "o_b",
+    "o_h",
+    "l_b",
+    "scale",
+]
+
+
+@triton.jit(do_not_specialize=_STEP)
+def step(
+    Q, K, V, AO, LSE, GAMMA, HEAD_SCALE, q_b, q_h, k_b, k_h, v_b, v_h, o_b, o_h, l_b, scale,
+    KH: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    GB: tl.constexpr, COMPLEMENT: tl.constexpr,
+):  # fmt: skip
+    HB: tl.constexpr = (G + GB - 1) // GB
+    pid = tl.program_id(0)
+    kv = pid // HB
+    in_group = (pid % HB) * GB + tl.arange(0, GB)
+    ok = in_group < G
+    h = kv * G + in_group
+    b = tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, DP)
+    dv = tl.arange(0, DVP)
+    g = tl.load(GAMMA + h, mask=ok, other=1.0).to(tl.float32)
+    hs = tl.full(g.shape, 1.0, tl.float32)
+    if HEAD_SCALE is not None:
+        hs = tl.load(HEAD_SCALE + h, mask=ok, other=1.0).to(tl.float32)
+    if not COMPLEMENT:
+        ok = ok & ((g != 1.0) | (hs != 1.0))
+    q = tl.load(Q + (b * q_b + h * q_h)[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
+    k0 = tl.load(K + b * k_b + kv.to(tl.int64) * k_h + d, mask=d < D, other=0.0)
+    v0 = tl.load(V + b * v_b + kv.to(tl.int64) * v_h + dv, mask=dv < DV, other=0.0).to(tl.float32)
+    at = (b * o_b + h * o_h)[:, None] + dv[None, :]
+    inside = ok[:, None] & (dv < DV)[None, :]
+    o = tl.load(AO + at, mask=inside, other=0.0).to(tl.float32)
+    lse = tl.load(LSE + b * l_b + h, mask=ok, other=float("-inf")).to(tl.float32)
+    s = tl.sum(q.to(tl.float32) * k0.to(tl.float32)[None, :], axis=1) * scale
+    u, w = _coefficients(s, lse, g, s, ok, False, COMPLEMENT)
+    y = tl.where((u == 0.0)[:, None], 0.0, o * (u * hs)[:, None]) + v0[None, :] * (w * hs)[:, None]
+    tl.store(AO + at, y.to(AO.dtype.element_ty), mask=inside)

@@ -38,7 +38,7 @@ from headpatch.kernels import plain
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["merge_first_token", "merge_first_token_paged", "triton_available"]
+__all__ = ["merge_first_token", "merge_first_token_paged", "tile", "triton_available"]
 
 
 def _installed(name: str) -> bool:
@@ -242,7 +242,7 @@ def _on_device(q: Tensor, launch: Callable[..., None], *args: Any) -> None:
 
 
 @functools.cache
-def _tile(H: int, K: int, d: int, dv: int, many: bool) -> tuple[int, int, int, int, int, int]:
+def tile(H: int, K: int, d: int, dv: int, many: bool) -> tuple[int, int, int, int, int, int]:
     """(head blocks of a group, heads a program GB, tokens a program BT, d and dv to the next power of two, warps)."""
     G = H // K
     dp, dvp = (max(16, 1 << (n - 1).bit_length()) for n in (d, dv))
@@ -281,7 +281,7 @@ def _launch_dense(
     (b, _, lq, _), lk = q.shape, k.shape[2]
     # A compiler may have symbols for these; they are constants of the kernel.
     H, K, d, dv = (int(n) for n in (q.shape[1], k.shape[1], q.shape[3], o.shape[3]))
-    head_blocks, gb, bt, dp, dvp, warps = _tile(H, K, d, dv, bool(lq > 1))
+    head_blocks, gb, bt, dp, dvp, warps = tile(H, K, d, dv, bool(lq > 1))
     per_query = first is not None and first.dim() == 2
     f_b, f_t = _strides(first, 2) if per_query else (*_strides(first, 1), 0)
     y_b, y_t, y_h, _ = out.stride()
@@ -307,7 +307,7 @@ def _launch_paged(
     if T == 0 or rows == 0:
         return
     _check_strides(gamma, head_scale, q, o, out)
-    head_blocks, gb, bt, dp, dvp, warps = _tile(H, K, d, dv, bool(rows < T))
+    head_blocks, gb, bt, dp, dvp, warps = tile(H, K, d, dv, bool(rows < T))
     kernel[((T + bt - 1) // bt * (K * head_blocks),)](
         q, key_cache, value_cache, o, lse, out, block_table, query_start_loc, seq_lens, gamma, head_scale, block_slot, row_slot,
         sink, k_scale, v_scale,

@@ -5,9 +5,9 @@ A method is a frozen dataclass. Its fields are its parameters, made with :func:`
 belongs to by subclassing one of
 
 * :class:`MassMethod`: gives the segments it names new shares of each query row's attention;
-* :class:`ScoresMethod`: attends to one segment with transformed scores;
+* :class:`ScoresMethod`: attends to segments with transformed scores;
 * :class:`OutputMethod`: changes head outputs before the output projection;
-* :class:`CacheMethod`: decides which keys and values a KV head keeps.
+* :class:`headpatch.policies.CacheMethod`: decides which keys and values a KV head keeps.
 
 It says what it *needs* (:data:`headpatch.operands.OPERANDS`), its *scope* (what may be shared between requests) and which
 *state* is derived once per request and frozen at the absolute position ``prompt_len``. Functions are torch code with static
@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from headpatch.errors import RecipeError
 from headpatch.operands import OPERANDS, Segment
+from headpatch.show import short
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,11 +31,11 @@ if TYPE_CHECKING:
 __all__ = [
     "FAMILIES",
     "ORDER",
-    "CacheMethod",
     "MassMethod",
     "Method",
     "OutputMethod",
     "ScoresMethod",
+    "head_vectors",
     "param",
     "strength",
 ]
@@ -59,6 +61,36 @@ def strength(identity: float, *, help: str, ge: float | None = None, le: float |
     return dataclasses.field(default=float(identity), metadata=meta)
 
 
+def head_vectors(
+    arrays: Mapping[str, Tensor], word: str, layer: int, heads: Sequence[int], head_dim: int
+) -> Tensor:  # fmt: skip
+    """Arrays ``{word}.{layer}.{head}`` of these heads, [h, d] fp32 (fp64 if they are).
+
+    Raises
+    ------
+    RecipeError
+        One is missing, no floating-point vector, or of another width.
+    """
+    import torch
+
+    found = []
+    for head in heads:
+        name = f"{word}.{layer}.{head}"
+        array = arrays.get(name)
+        if array is None:
+            raise RecipeError(
+                f"holds no array {short(name)}, the vector of head {layer}.{head}", key="tensors.file",
+                remedy=f"it holds {', '.join(sorted(arrays)[:3]) or 'nothing'}, ...; write one per head that the patch names",
+            )  # fmt: skip
+        if not array.is_floating_point() or tuple(array.shape) != (head_dim,):
+            raise RecipeError(
+                f"array {short(name)} is {tuple(array.shape)} of {array.dtype}, the head's output has {head_dim} numbers",
+                key="tensors.file", remedy="use the file that was made for this model",
+            )  # fmt: skip
+        found.append(array.to(torch.promote_types(array.dtype, torch.float32)))
+    return torch.stack(found)
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """Base of all families. Subclass a family, not this.
@@ -73,18 +105,16 @@ class Method:
         Raised whenever the numbers change: it enters the prefix-cache salt.
     needs
         Operands beyond those of the segments it names.
-    state
-        Names of the tensors that :meth:`derive` returns, if any.
     heads_key, head_kind
-        The recipe key that lists heads, and whether those are ``query`` or ``kv`` heads.
+        The recipe key that lists heads, and whether those are ``query`` or ``kv`` heads. The key is None for a cache policy
+        that treats all KV heads of the part alike: its patch lists none.
     """
 
     name: ClassVar[str] = ""
     family: ClassVar[str] = ""
     version: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = ()
-    state: ClassVar[tuple[str, ...]] = ()
-    heads_key: ClassVar[str] = "heads"
+    heads_key: ClassVar[str | None] = "heads"
     head_kind: ClassVar[str] = "query"
 
     @property
@@ -92,13 +122,33 @@ class Method:
         """One of :data:`headpatch.operands.SCOPES`. Depends on parameters in some methods, hence a property."""
         return "prefix"
 
+    @property
+    def state(self) -> tuple[str, ...]:
+        """Names of the tensors that :meth:`derive` returns, if any."""
+        return ()
+
+    @property
+    def state_needs(self) -> tuple[str, ...]:
+        """Operands that :meth:`derive` alone is given, beyond `needs`: asked for once in a request, where its prompt ends."""
+        return ()
+
     def segments(self) -> tuple[Segment, ...]:
         """The segments this method names, disjoint, in the order of the shares it is given."""
         return ()
 
     def operands(self) -> tuple[str, ...]:
         """All operands this method needs, its segments' included."""
-        return tuple(dict.fromkeys((*self.needs, *(o for s in self.segments() for o in s.operands()))))
+        of_segments = (o for s in self.segments() for o in s.operands())
+        return tuple(dict.fromkeys((*self.needs, *of_segments, *self.state_needs)))
+
+    def pick(
+        self, arrays: Mapping[str, Tensor], layer: int, heads: Sequence[int], head_dim: int
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """What the operand ``arrays`` is to hold for these heads of one layer, out of the recipe's tensors; default: all of them.
+
+        Called when a recipe is applied or checked, so that what is missing or of another shape is a RecipeError then.
+        """
+        return dict(arrays)
 
     def derive(self, operands: Operands) -> dict[str, Tensor]:
         """State to freeze at the end of the prompt: the tensors named in `state`, each with a leading row dimension."""
@@ -125,7 +175,7 @@ class Method:
         if not cls.name or not cls.name.replace("_", "").isalnum() or cls.name != cls.name.lower():
             raise TypeError(f"{where}: class attribute `name` must be a lower-case identifier, is {cls.name!r}")
         if cls.family not in FAMILIES:
-            raise TypeError(f"{where}: subclass one of {', '.join(c.__name__ for c in FAMILIES.values())}")
+            raise TypeError(f"{where}: subclass MassMethod, ScoresMethod, OutputMethod or CacheMethod")
         for f in dataclasses.fields(cls):
             if not f.metadata.get("help"):
                 raise TypeError(f"{where}: field {f.name!r} has no help text; make it with param() or strength()")
@@ -133,6 +183,10 @@ class Method:
             raise TypeError(f"{where}: only one field may be the strength")
         if cls.strength_field() is None and cls.family != "cache":
             raise TypeError(f"{where}: one field must be made with strength()")
+        if cls.heads_key is None and cls.family != "cache":
+            raise TypeError(f"{where}: only a cache policy may go without a list of heads (heads_key = None)")
+        if cls.family == "cache" and (cls.head_kind != "kv" or cls.strength_field() is not None):
+            raise TypeError(f"{where}: a cache policy lists KV heads (head_kind = 'kv') and has no strength")
         unknown = sorted(set(cls.needs) - OPERANDS.keys())
         if unknown:
             raise TypeError(f"{where}: needs unknown operands {unknown}; the closed list is in headpatch/operands.py")
@@ -185,12 +239,12 @@ class MassMethod(Method):
 
 @dataclasses.dataclass(frozen=True)
 class ScoresMethod(Method):
-    """Attention over the one segment it names with transformed scores, merged back with the rest by log-sum-exp."""
+    """Attention over the segments it names with transformed scores, and over the rest as it was, under one softmax."""
 
     family: ClassVar[str] = "scores"
 
     def transform(self, scores: Tensor, strength: Tensor, operands: Operands) -> Tensor:
-        """New scores over the segment's keys.
+        """New scores over the keys of one segment; called for each of them, with the scores as they were before.
 
         Parameters
         ----------
@@ -198,6 +252,8 @@ class ScoresMethod(Method):
             [b, h, q, n] fp32, scaled by the attention's own scale; keys outside the segment are -inf and must stay so.
         strength
             [h].
+        operands
+            What the method needs, and ``segment``, the segment's place in :meth:`segments`.
         """
         raise NotImplementedError(f"{type(self).__name__} must override transform()")
 
@@ -206,7 +262,9 @@ class ScoresMethod(Method):
 class OutputMethod(Method):
     """Changes head outputs, [b, q, H, d], before the output projection.
 
-    A subclass whose result is a constant factor per head sets ``constant = True`` and overrides :meth:`scales` alone.
+    A subclass whose result is a constant factor per head sets ``constant = True`` and overrides :meth:`scales` alone. One whose
+    result is ``o' = factor o + shift`` with constants per head, at all positions or at those that :attr:`span` says, overrides
+    :meth:`affine` (and `span`) alone: an adapter may then put it into tables. Any other overrides :meth:`edit`.
     """
 
     family: ClassVar[str] = "output"
@@ -217,9 +275,33 @@ class OutputMethod(Method):
         """Whether the result is a constant factor per head, under these parameters."""
         return self.constant
 
+    @property
+    def span(self) -> tuple[int | None, int | None]:
+        """Positions that are edited, first and one behind the last, counted from the end of the prompt; None: no bound.
+
+        (-1, 0) is the prompt's last token alone, (0, None) all generated tokens.
+        """
+        return (None, None)
+
+    def operands(self) -> tuple[str, ...]:
+        bounded = () if self.span == (None, None) else ("position", "prompt_len")
+        return tuple(dict.fromkeys((*super().operands(), *bounded)))
+
     def scales(self, strength: Tensor) -> Tensor:
         """Constant factors [h]; strength is [h]."""
-        raise NotImplementedError(f"{type(self).__name__} must override scales() or edit()")
+        raise NotImplementedError(f"{type(self).__name__} must override scales(), affine() or edit()")
+
+    def affine(self, strength: Tensor, arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None] | None:
+        """The constants (factor [h], shift [h, d] or None for none); None where the edit is not of that form.
+
+        Parameters
+        ----------
+        strength
+            [h].
+        arrays
+            What :meth:`pick` gave; empty for a method that needs none.
+        """
+        return (self.scales(strength), None) if self.is_constant else None
 
     def edit(self, output: Tensor, strength: Tensor, operands: Operands) -> Tensor:
         """New outputs of the selected heads.
@@ -236,49 +318,28 @@ class OutputMethod(Method):
         Tensor
             Same shape.
         """
-        return output * self.scales(strength).to(output)[:, None]
+        constants = self.affine(strength, operands.get("arrays", {}))
+        if constants is None:
+            raise NotImplementedError(f"{type(self).__name__} must override scales(), affine() or edit()")
+        factor, shift = constants
+        new = output * factor.to(output)[:, None]
+        if shift is not None:
+            new = new + shift.to(output)
+        inside = self.inside(operands)
+        return new if inside is None else new.where(inside[:, :, None, None], output)
+
+    def inside(self, operands: Operands) -> Tensor | None:
+        """Which queries lie in :attr:`span`, [b, q] bool; None for all."""
+        start, stop = self.span
+        found = None
+        for bound, compare in ((start, "ge"), (stop, "lt")):
+            if bound is not None:
+                edge = (operands["prompt_len"] + bound)[:, None]
+                side: Tensor = getattr(operands["position"], compare)(edge)
+                found = side if found is None else found & side
+        return found
 
 
-@dataclasses.dataclass(frozen=True)
-class CacheMethod(Method):
-    """Decides which keys and values a KV head keeps: by a rule on positions (:meth:`keep`), or by a score and a budget.
-
-    `heads_key` says what happens to the KV heads that it lists; they are KV heads, never query heads.
-    """
-
-    family: ClassVar[str] = "cache"
-    heads_key: ClassVar[str] = "kv_heads"
-    head_kind: ClassVar[str] = "kv"
-    scored: ClassVar[bool] = False
-
-    def keep(self, positions: Tensor, length: Tensor, listed: bool) -> Tensor:
-        """Which positions a KV head keeps once `length` tokens have been seen.
-
-        Parameters
-        ----------
-        positions
-            [n] int64, counted from the row's first real token.
-        length
-            [b] int64, real tokens seen so far.
-        listed
-            Whether the recipe lists this KV head.
-
-        Returns
-        -------
-        Tensor
-            [b, n] bool.
-        """
-        raise NotImplementedError(
-            f"{type(self).__name__} must override keep(), or set scored = True and override score()"
-        )
-
-    def score(self, operands: Operands) -> Tensor:
-        """Score [b, K, n] of each key; the highest are kept within the budget."""
-        raise NotImplementedError(f"{type(self).__name__} must override score()")
-
-
-FAMILIES: Mapping[str, type[Method]] = {
-    cls.family: cls for cls in (MassMethod, ScoresMethod, OutputMethod, CacheMethod)
-}
+FAMILIES = ("mass", "scores", "output", "cache")
 ORDER: tuple[tuple[str, ...], ...] = (("cache",), ("mass", "scores"), ("output",))
 """Families in the order they act, whatever the order in a recipe; inside one, recipe order, then handle order."""

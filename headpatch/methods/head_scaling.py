@@ -17,10 +17,11 @@ query heads and would stay in the cache.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from headpatch.methods.base import Operands, OutputMethod, param, strength
+from headpatch.methods.base import OutputMethod, param, strength
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,15 +47,12 @@ class HeadScaling(OutputMethod):
     def scope(self) -> str:
         return "prefix" if self.positions == "all" else "prompt"
 
-    def operands(self) -> tuple[str, ...]:
-        return () if self.positions == "all" else ("position", "prompt_len")
+    @property
+    def span(self) -> tuple[int | None, int | None]:
+        return {"all": (None, None), "last": (-1, None), "decode": (0, None)}[self.positions]
 
     def scales(self, strength: Tensor) -> Tensor:
         return strength
 
-    def edit(self, output: Tensor, strength: Tensor, operands: Operands) -> Tensor:
-        scaled = super().edit(output, strength, operands)
-        if self.positions == "all":
-            return scaled
-        start = operands["prompt_len"] - (1 if self.positions == "last" else 0)
-        return scaled.where((operands["position"] >= start[:, None])[:, :, None, None], output)
+    def affine(self, strength: Tensor, arrays: Mapping[str, Tensor]) -> tuple[Tensor, None]:
+        return strength, None

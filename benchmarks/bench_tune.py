@@ -1,0 +1,121 @@
+"""What keeping LoRA to chosen heads costs: a training step and its memory, against the same LoRA without the restriction.
+
+    python benchmarks/bench_tune.py [--model M] [--device cuda] [--batch 4] [--length 64] [--rank 8] [--checkpointing]
+
+Same modules, layers and rank; plain PEFT trains all heads of these layers, headpatch two of each. Bound: 2 percent of time and of
+memory. Memory is the peak that torch allocated on a GPU, and the largest resident size while stepping of a
+process of its own on a CPU (Linux).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, Row, alternate, machine, write
+
+from headpatch import tune
+from headpatch.commands.generate import load
+from headpatch.demo_model import SHORT_NAME
+
+BOUND = 1.02
+
+
+def adapted(base: Any, restricted: bool, rank: int) -> Any:
+    """The base with LoRA on q and o of every layer; on heads 0 and 1 alone where `restricted`."""
+    import peft
+
+    tuned = tune.lora(base, "*.0-1", r=rank)
+    if restricted:
+        return tuned
+    targets = list(tuned.peft_config["default"].target_modules)
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, bias="none", task_type="CAUSAL_LM")
+    return peft.get_peft_model(tuned.unload(), config)
+
+
+def stepper(given: argparse.Namespace, restricted: bool) -> tuple[Callable[[], None], torch.device]:
+    """A training step of one of the two."""
+    base, _ = load(given.model, given.device, given.dtype)
+    if given.checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.manual_seed(0)
+    model = adapted(base, restricted, given.rank).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    ids = torch.randint(5, 1000, (given.batch, given.length), device=base.device)
+
+    def step() -> None:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, base.device
+
+
+def memory(given: argparse.Namespace, restricted: bool) -> float:
+    """MiB at the peak of a step, in a process of its own."""
+    words = [sys.executable, __file__, *sys.argv[1:], "--peak", "restricted" if restricted else "plain"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def peak(given: argparse.Namespace) -> None:
+    step, device = stepper(given, given.peak == "restricted")
+    step()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # what loading the model took does not count
+    for _ in range(2):
+        step()
+    if device.type == "cuda":
+        print(torch.cuda.max_memory_allocated() / 2**20)
+    else:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        print(int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=SHORT_NAME)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--peak", choices=("plain", "restricted"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.peak:
+        peak(given)
+        return
+    plain, device = stepper(given, False)
+    mine, _ = stepper(given, True)
+    what = f"{given.batch} x {given.length} tokens, rank {given.rank}" + (
+        ", checkpointing" if given.checkpointing else ""
+    )
+    row: Row = alternate(
+        "training step", plain, mine, device, pairs=given.pairs, warm=2, bound=BOUND, turns=given.turns, notes=what
+    )
+    sizes = [(memory(given, False), memory(given, True)) for _ in range(3)]
+    row.memory_ratio = statistics.median(b for _, b in sizes) / statistics.median(a for a, _ in sizes)
+    extra = [
+        f"peak memory, MiB (plain, restricted), three processes each: {json.dumps([[round(x, 1) for x in pair] for pair in sizes])}"
+    ]
+    write(f"tune_{device.type}", [row], machine(device), extra, given.out)
+
+
+if __name__ == "__main__":
+    main()

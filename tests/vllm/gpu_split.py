@@ -1,0 +1,103 @@
+"""Cache policies on a GPU, run by hand there: bfloat16 engines that drop tokens, against a float64 softmax under an explicit mask.
+
+    cd /tmp && python .../tests/vllm/gpu_split.py --model /tmp/smollm2 --out $OUT
+
+As gpu_parity.py, whose noise is measured here on an engine of its own that keeps everything: the mean difference in log-probability
+from the reference may be no larger than that (a quarter more is allowed), and against the reference that keeps everything it is far
+larger.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+SLACK = 1.25
+SINK, RECENT = 32, 64
+PARTS: dict[str, dict[str, Any]] = {
+    "flash": {},
+    "flash_small_steps": {"max_num_batched_tokens": 256},
+    "flash_unequal": {"_unequal": True},
+    "flash_eager": {"enforce_eager": True},
+    "flash_v1": {"_env": {"VLLM_USE_V2_MODEL_RUNNER": "0"}},
+    "flash_no_caching": {"enable_prefix_caching": False},
+    "ngram": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}},
+    "every_head": {"_none": True},
+    "triton": {"attention_backend": "TRITON_ATTN", "_unverified": True},
+}
+"""Engine options by part; names with an underscore are ours."""
+
+
+def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
+    """One engine that keeps everything, one that does not, one batch of all prompts under all recipes, twice."""
+    options = dict(PARTS[name])
+    os.environ.update(options.pop("_env", {}))
+    sys.path.insert(0, str(HERE))
+    import torch
+    from engine_cases import ask, differ, load, truth
+    from gpu_parity import mean, text_prompts
+    from split_cases import Kept, factors, wanted
+    from vllm import LLM
+
+    unequal, none, unverified = (options.pop(key, False) for key in ("_unequal", "_none", "_unverified"))
+    config = json.loads((Path(model) / "config.json").read_text())
+    layers, heads, kv = config["num_hidden_layers"], config["num_attention_heads"], config["num_key_value_heads"]
+    if none:
+        full: dict[int, tuple[int, ...]] = {}
+    elif unequal:
+        full = {layer: tuple(range(kv))[: layer % (kv + 1)] for layer in range(layers)}
+    else:
+        full = {layer: tuple(sorted((layer + i) % kv for i in range(max(1, kv // 2)))) for layer in range(layers)}
+    given = {
+        "lean": Kept(SINK, RECENT, full),
+        "edited": Kept(SINK, RECENT, full, gamma=factors(layers, heads, 0.5, 2.0, 1), scale=factors(layers, heads, 0.8, 1.2, 2)),
+        "rows": Kept(SINK, RECENT, full, later=factors(layers, heads, 0.7, 1.3, 3)),
+    }  # fmt: skip
+    prompts = [(ids * (1 + i % 4))[-(120 + 90 * i) :] for i, ids in enumerate(text_prompts(model))]
+    shared: dict[str, Any] = {
+        "dtype": "bfloat16", "max_model_len": 1024, "max_num_seqs": 64, "gpu_memory_utilization": 0.3, "skip_tokenizer_init": True,
+        "enable_prefix_caching": True, "seed": 0,
+    }  # fmt: skip
+    reference = load(Path(model)).cuda()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    uncut = LLM(model, **shared, additional_config={"headpatch": {}})
+    plain = ask(uncut, [(ids, "none") for ids in prompts], 32)
+    noise = mean(plain, [t.cpu() for t in truth(reference, plain, None)])
+    flag = {"recipes": {n: kept.recipe() for n, kept in given.items()}, "default": "lean", "unverified": unverified}
+    started = time.perf_counter()
+    llm = LLM(model, **{**shared, **options}, additional_config={"headpatch": flag})
+    seconds = time.perf_counter() - started
+    rounds = []
+    for _ in range(2):
+        answers = ask(llm, [(ids, n) for ids in prompts for n in given], 32)
+        found = {}
+        for i, (n, kept) in enumerate(given.items()):
+            mine = answers[i :: len(given)]
+            tables = wanted(reference, mine, kept)
+            everything = wanted(reference, mine, Kept(10**6, 1, {}, kept.gamma, kept.scale, kept.later))
+            found[n] = {
+                "mean": mean(mine, tables),
+                "untouched_mean": mean(mine, everything),
+                "worst": differ(mine, tables).worst,
+            }
+        rounds.append(found)
+    bad = {n: r[n]["mean"] for r in rounds for n in given if not r[n]["mean"] <= SLACK * noise + 1e-5}
+    engine, report = llm.llm_engine.vllm_config, llm.collective_rpc("headpatch_report")[0]
+    return {
+        "part": name, "passed": not bad, "bad": bad, "noise": noise, "rounds": rounds, "start_seconds": seconds,
+        "checks": report["checks"], "cache": report["cache"], "v2_runner": bool(getattr(engine, "use_v2_model_runner", False)),
+        "graphs": str(engine.compilation_config.cudagraph_mode), "device": torch.cuda.get_device_name(),
+        "backends": sorted({f"{x['backend']} ({x['how']})" for x in report["layers"]}),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE))
+    from gpu_parity import main
+
+    sys.exit(main(PARTS, run_part, __file__, __doc__))
