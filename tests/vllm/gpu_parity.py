@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ PARTS: dict[str, dict[str, Any]] = {
     },
 }
 """Engine options by part; names with an underscore are ours. `two_ranks` needs two GPUs, and is left out where there is one."""
+MEMORY = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2 << 30}
+"""A size given outright is not measured, so that engines which share a GPU do not see each other's memory come and go."""
 
 
 def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
@@ -88,7 +91,7 @@ def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
         prompts = prompts[:1]
     started = time.perf_counter()
     llm = LLM(model, **{
-        "dtype": "bfloat16", "max_model_len": 1024 if not tiny else 512, "max_num_seqs": 64, "gpu_memory_utilization": 0.5,
+        "dtype": "bfloat16", "max_model_len": 1024 if not tiny else 512, "max_num_seqs": 64, **MEMORY,
         "skip_tokenizer_init": True, "enable_prefix_caching": True, "seed": 0,
         "additional_config": {"headpatch": {"recipes": given}}, **options,
     })  # fmt: skip
@@ -158,6 +161,7 @@ def main(
     parser.add_argument("--part", choices=parts)
     parser.add_argument("--parts", nargs="*", default=list(parts))
     parser.add_argument("--seconds", type=int, default=240, help="limit of one part")
+    parser.add_argument("--jobs", type=int, default=1, help="parts that share the GPU")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     if given.part:
@@ -168,12 +172,16 @@ def main(
         (given.out / f"parity-{given.part}.json").write_text(json.dumps(result, indent=1))
         sys.stdout.flush()
         os._exit(0)  # engines' processes end with this one
-    failed = 0
+    count, runnable = gpus(), []
     for part in given.parts:
-        if PARTS[part].get("tensor_parallel_size", 1) > gpus():
-            print(f"{part:18s} not run: needs {PARTS[part]['tensor_parallel_size']} GPUs")
-            continue
-        log = given.out / f"parity-{part}.log"
+        if parts[part].get("tensor_parallel_size", 1) > count:
+            print(f"{part:18s} not run: needs {parts[part]['tensor_parallel_size']} GPUs")
+        else:
+            runnable.append(part)
+
+    def one(part: str) -> bool:
+        path, log = given.out / f"parity-{part}.json", given.out / f"parity-{part}.log"
+        path.unlink(missing_ok=True)
         command = [
             sys.executable,
             str(Path(script).resolve()),
@@ -189,15 +197,13 @@ def main(
                 subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, timeout=given.seconds, check=False)
             except subprocess.TimeoutExpired:
                 print(f"{part:18s} ran out of time")
-        path = given.out / f"parity-{part}.json"
-        result = (
-            json.loads(path.read_text())
-            if path.exists()
-            else {"passed": False, "error": log.read_text(errors="replace")[-1500:]}
-        )
-        failed += not result["passed"]
+        late = {"passed": False, "error": log.read_text(errors="replace")[-1500:]}
+        result = json.loads(path.read_text()) if path.exists() else late
         print(summary(part, result), flush=True)
-    return 1 if failed else 0
+        return bool(result["passed"])
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        return 0 if all(list(pool.map(one, runnable))) else 1
 
 
 def gpus() -> int:

@@ -40,7 +40,7 @@ def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
     sys.path.insert(0, str(HERE))
     import torch
     from engine_cases import ask, differ, load, truth
-    from gpu_parity import mean, text_prompts
+    from gpu_parity import MEMORY, mean, text_prompts
     from split_cases import Kept, factors, wanted
     from vllm import LLM
 
@@ -60,7 +60,7 @@ def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
     }  # fmt: skip
     prompts = [(ids * (1 + i % 4))[-(120 + 90 * i) :] for i, ids in enumerate(text_prompts(model))]
     shared: dict[str, Any] = {
-        "dtype": "bfloat16", "max_model_len": 1024, "max_num_seqs": 64, "gpu_memory_utilization": 0.3, "skip_tokenizer_init": True,
+        "dtype": "bfloat16", "max_model_len": 1024, "max_num_seqs": 64, **MEMORY, "skip_tokenizer_init": True,
         "enable_prefix_caching": True, "seed": 0,
     }  # fmt: skip
     reference = load(Path(model)).cuda()
