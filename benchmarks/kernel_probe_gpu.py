@@ -1,6 +1,6 @@
 """The fused first-token kernel on this GPU: bandwidth against a copy's, host time of a call, torch.compile, tile sizes.
 
-    python benchmarks/kernel_probe_gpu.py [--budget 60] [--only kernel,paged,host,compile,tune]
+    python benchmarks/kernel_probe_gpu.py [--budget 60] [--only kernel,paged,layer,host,compile,tune]
 
 A development aid, not part of `make bench`. The floor counts q and o read and the result written; heads 32/8, d 128, bf16.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from headpatch.kernels import first_token
 from headpatch.kernels.first_token import merge_first_token, merge_first_token_paged
+from headpatch.kernels.paged import PagedMerge
 
 _COPY: list[float] = []
 
@@ -107,6 +108,75 @@ def paged(probe: Probe) -> None:
         probe(f"{rows} rows of {each}", run)
 
 
+def layer(probe: Probe) -> None:
+    """What the edit adds to a layer of a serving engine: attention over a paged cache, edit, projection, again and again."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    print(
+        "\n== paged decoding, us a layer in a CUDA graph of 30 and on the host, with FlashAttention 3 and a projection around it"
+    )
+    for name, H, K, d, hidden in (("SmolLM2", 9, 3, 64, 576), ("8B", 32, 8, 128, 4096)):
+        for rows in (1, 256):
+            found = _layers(flash_attn_varlen_func, H, K, d, hidden, rows)
+            for which, (graph, cpu) in found.items():
+                base = found["untouched"]
+                text = f"{graph:7.2f} (+{graph - base[0]:5.2f})   host {cpu:7.1f} (+{cpu - base[1]:5.1f})"
+                probe(f"{name} x {rows}: {which}", lambda text=text: text)
+
+
+def _layers(attend: Any, H: int, K: int, d: int, hidden: int, rows: int) -> dict[str, tuple[float, float]]:
+    """Microseconds a layer by kind of edit: (in a graph, on the host)."""
+    length, size = 640, 16
+    each = length // size
+    q = torch.randn(rows, H, d, device=CUDA, dtype=torch.bfloat16)
+    cache = torch.randn(rows * each + 1, K, size, 2 * d, device=CUDA, dtype=torch.bfloat16)
+    keys, values = (cache[..., i * d : (i + 1) * d].transpose(1, 2) for i in range(2))
+    table = torch.arange(1, rows * each + 1, device=CUDA, dtype=torch.int32).view(rows, each)
+    start = torch.arange(rows + 1, device=CUDA, dtype=torch.int32)
+    lens = torch.full((rows,), length - 3, device=CUDA, dtype=torch.int32)
+    slot = torch.arange(len(cache), device=CUDA, dtype=torch.int32) // each % 9
+    gamma, scales = torch.rand(9, H, device=CUDA) * 1.5 + 0.5, torch.rand(9, H, device=CUDA) + 0.5
+    weight = torch.randn(H * d, hidden, device=CUDA, dtype=torch.bfloat16)
+    o, y = torch.empty_like(q), torch.empty(rows, hidden, device=CUDA, dtype=torch.bfloat16)
+    shared: dict[str, Any] = {"scale": d**-0.5, "head_scale": scales, "block_slot": slot}
+    views = cache[..., :d], cache[..., d:]
+    merges = {flag: PagedMerge(*views, gamma, overlap=flag, **shared) for flag in (False, True)}
+
+    def run(edit: Callable[[Tensor], Any] | None) -> Callable[[], None]:
+        def step() -> None:
+            _, lse = attend(
+                q, keys, values, max_seqlen_q=1, cu_seqlens_q=start, max_seqlen_k=length, seqused_k=lens, block_table=table,
+                softmax_scale=d**-0.5, causal=True, out=o, return_softmax_lse=True, fa_version=3,
+            )  # fmt: skip
+            if edit is not None:
+                edit(lse)
+            torch.mm(o.view(rows, H * d), weight, out=y)
+
+        return step
+
+    kinds: dict[str, Callable[[Tensor], Any] | None] = {
+        "untouched": None,
+        "Triton's front end": lambda lse: merge_first_token_paged(
+            q, *views, o, lse, gamma, block_table=table, query_start_loc=start, seq_lens=lens, **shared
+        ),
+        "kept, rows searched": lambda lse: merges[False](q, o, lse, table, start, lens, False),
+        "kept, one token a row": lambda lse: merges[False](q, o, lse, table, start, lens, True),
+        "kept, one token a row, overlapped": lambda lse: merges[True](q, o, lse, table, start, lens, True),
+    }
+    found = {}
+    for name, edit in kinds.items():
+        step = run(edit)
+        graph, cpu = graphed(step, 30) * 1e3, math.inf
+        for _ in range(5):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(30):
+                step()
+            cpu = min(cpu, (time.perf_counter() - begin) / 30 * 1e6)
+        found[name] = graph, cpu
+    return found
+
+
 def host(probe: Probe) -> None:
     """What a call costs the host: what counts in plain eager decoding."""
     print("\n== host time of one call, us (decode shape, device idle)")
@@ -179,12 +249,12 @@ def tune(probe: Probe) -> None:
 
             def run(tile: int = tile, each: int = each) -> str:
                 first_token._TILE, first_token._PER_THREAD = tile, each
-                first_token._tile.cache_clear()
+                first_token.tile.cache_clear()
                 return rate(32768, ms(lambda: merge_first_token(*args, scale=0.1, complement=True), reps=9))
 
             probe(f"tile {tile}, {each} a thread", run)
     first_token._TILE, first_token._PER_THREAD = kept
-    first_token._tile.cache_clear()
+    first_token.tile.cache_clear()
 
 
 if __name__ == "__main__":
@@ -192,5 +262,5 @@ if __name__ == "__main__":
     parser.add_argument("--budget", type=float, default=60.0, help="seconds, start-up included")
     parser.add_argument("--only", default="", help="comma-separated sections")
     args = parser.parse_args()
-    table = {"kernel": kernel, "paged": paged, "host": host, "compile": compiled, "tune": tune}
+    table = {"kernel": kernel, "paged": paged, "layer": layer, "host": host, "compile": compiled, "tune": tune}
     sections(table, args.only, args.budget)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from kernel_cases import Case, close, needs_gpu
+from kernel_cases import Case, Paged, close, needs_gpu
 
 from headpatch.adapters.huggingface.plan import GENTLE
 from headpatch.kernels.first_token import merge_first_token, merge_first_token_paged
+from headpatch.kernels.paged import PagedMerge
 from headpatch.kernels.step import merge_step
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
@@ -183,3 +184,61 @@ def test_step_captures_and_follows_its_tables():
         static.copy_(o)
         graph.replay()
         torch.testing.assert_close(static.transpose(1, 2), expected, **ROUNDING)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("which", ["block_slot", "row_slot"])
+@pytest.mark.parametrize("one", [False, True])
+def test_a_layer_s_merge_equals_the_reference(overlap, which, one):
+    """Rows of several lengths, and one token each with padding behind, through kernels that are kept."""
+    rows = {} if not one else {"rows": ((1, 2), (1, 5), (1, 1), (1, 40), (0, 0), (0, 0)), "padding": 2}
+    for seed in (0, 1):
+        case = Paged(seed, **rows)
+        case.by_block = which == "block_slot"
+        before, lse, want = case.naive()
+        o, view, table = before.float().cuda(), case.view.cuda(), getattr(case, which).cuda()
+        merge = PagedMerge(
+            view[..., : case.d], view[..., case.d :], case.gamma.cuda(), scale=case.scale, head_scale=case.head_scale.cuda(),
+            overlap=overlap, **{which: table},
+        )  # fmt: skip
+        for _ in range(2):
+            o.copy_(before)
+            merge(
+                case.q.cuda(), o, lse.float().cuda(), case.table.cuda(), case.start.cuda(), case.seq_lens.cuda(), one
+            )
+            close(o.cpu(), want, torch.float32, factor=30)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_layer_s_merge_captures_behind_another_kernel(overlap):
+    """Replayed behind the kernel that writes what it edits; tables may change in between."""
+    rows, H, K, d = 5, 8, 2, 128
+    gen = torch.Generator(device="cuda").manual_seed(0)
+    q, source = (torch.randn(rows, H, d, device="cuda", dtype=torch.bfloat16, generator=gen) for _ in range(2))
+    cache = torch.randn(20, K, 16, 2 * d, device="cuda", dtype=torch.bfloat16, generator=gen)
+    lse = torch.randn(H, rows, device="cuda", generator=gen) + 4
+    gamma = torch.rand(2, H, device="cuda", generator=gen) * 3
+    table = torch.arange(1, 11, device="cuda", dtype=torch.int32).view(rows, 2)
+    start = torch.arange(rows + 1, device="cuda", dtype=torch.int32)
+    lens = torch.full((rows,), 20, device="cuda", dtype=torch.int32)
+    slot = torch.arange(20, device="cuda", dtype=torch.int32) % 2
+    keys, values = cache[..., :d], cache[..., d:]
+    merge = PagedMerge(keys, values, gamma, scale=0.1, block_slot=slot, overlap=overlap)
+    o = torch.empty_like(source)
+
+    def step():
+        torch.add(source, 0, out=o)
+        merge(q, o, lse, table, start, lens, True)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(3):
+        graph.replay()
+        want = merge_first_token_paged(
+            q, keys, values, source.clone(), lse, gamma, scale=0.1, block_table=table, query_start_loc=start, seq_lens=lens,
+            block_slot=slot,
+        )  # fmt: skip
+        torch.testing.assert_close(o, want, **ROUNDING)
+        gamma.mul_(1.5)

@@ -92,9 +92,11 @@ class TritonEdit:
         """The first token's share, [T, H] fp32."""
         values = kwargs["v"]
         blocks, size, heads, d = values.shape
-        self.indicator[first, 0] = 1
+        self.indicator[:, 0].index_fill_(
+            0, first, 1
+        )  # an assignment would copy a number from the host, which graphs refuse
         out = torch.empty(kwargs["out"].shape, dtype=torch.float32, device=values.device)
         shown = self.indicator.view(values.dtype)[:, :, None, None].expand(blocks, size, heads, d)
         kernel(**{**kwargs, "v": shown, "out": out})
-        self.indicator[first, 0] = 0
+        self.indicator[:, 0].index_fill_(0, first, 0)
         return out.view(out.shape[0], self.patch.num_heads, -1)[..., 0]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from headpatch.errors import EngineError, UnsupportedModelError
-from headpatch.kernels.first_token import merge_first_token_paged
+from headpatch.kernels.paged import PagedMerge
 
 if TYPE_CHECKING:
     from headpatch.adapters.vllm.hook import LayerPatch
@@ -111,7 +111,7 @@ class FusedEdit:
         tables = worker.tables
         assert tables is not None
         self.cache: Tensor | None = None
-        self.keys = self.values = torch.empty(0)
+        self.merge: PagedMerge | None = None
         where = {"row_slot": tables.row_slot} if worker.by_rows else {"block_slot": tables.block_slot}
         self.constants: dict[str, Any] = {
             "scale": patch.scale, "softcap": patch.softcap, "window": patch.window, "block_ratio": patch.block_ratio,
@@ -140,9 +140,10 @@ class FusedEdit:
         else:  # only head scales, if anything: the kernel looks at the log-sum-exp for rows that have nothing to attend to
             result = run()
             lse = self._zeros(n, query.device)
-        if self.cache is not kv_cache:
+        if self.cache is not kv_cache or self.merge is None:
             d = self.patch.head_dim
-            self.cache, self.keys, self.values = kv_cache, kv_cache[..., :d], kv_cache[..., d:]
+            self.cache = kv_cache
+            self.merge = PagedMerge(kv_cache[..., :d], kv_cache[..., d:], self.patch.weight, **self.constants)
         if output.shape[0] != n:
             query, output = query[:n], output[:n]
         starts, table, lengths = md.query_start_loc, md.block_table, md.seq_lens
@@ -152,10 +153,7 @@ class FusedEdit:
         if lengths.shape[0] != rows:
             lengths = lengths[:rows]
         if self.weights or self.head_scale is not None:
-            merge_first_token_paged(
-                query, self.keys, self.values, output, lse, self.patch.weight,
-                block_table=table, query_start_loc=starts, seq_lens=lengths, **self.constants,
-            )  # fmt: skip
+            self.merge(query, output, lse, table, starts, lengths, getattr(md, "max_query_len", 0) == 1)
         if self.rows:
             from headpatch.adapters.vllm.rowedits import edit_rows
 

@@ -146,15 +146,29 @@ def dense(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_tokens", "n_rows", "block_ratio", "window"])
+@triton.jit(
+    do_not_specialize=[
+        "LSE",
+        "BLOCK_TABLE",
+        "QUERY_START",
+        "SEQ_LENS",
+        "n_tokens",
+        "n_rows",
+        "block_ratio",
+        "window",
+        "l_h",
+    ]
+)
 def paged(
     Q, KC, VC, AO, LSE, OUT, BLOCK_TABLE, QUERY_START, SEQ_LENS, GAMMA, HEAD_SCALE, BLOCK_SLOT, ROW_SLOT, SINK, K_SCALE, V_SCALE,
     n_tokens, n_rows, block_ratio, window, scale, softcap,
     q_t, q_h, k_b, k_h, k_d, v_b, v_h, v_d, o_t, o_h, l_t, l_h, y_t, y_h, b_r, g_s, s_s,
     KH: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BT: tl.constexpr, GB: tl.constexpr, COMPLEMENT: tl.constexpr, INPLACE: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STEPS: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STEPS: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
+    # Decoding (BT is 1) waits for memory, not for traffic: what can be asked for at once is, needed or not. Prefill reads less.
+    EARLY: tl.constexpr = BT == 1
     HB: tl.constexpr = (G + GB - 1) // GB
     pid = tl.program_id(0)
     kv = (pid // HB) % KH
@@ -162,32 +176,35 @@ def paged(
     t = (pid // (HB * KH)) * BT + r // GB
     in_group = (pid % HB) * GB + r % GB
     h = kv * G + in_group
-    ok = (t < n_tokens) & (in_group < G)
+    inside = (t < n_tokens) & (in_group < G)
+    ok = inside
 
-    # the row of each token: the last one that starts at or before it. In pure decode it is the token's own number
-    guess = tl.minimum(t, n_rows - 1)
-    here = tl.load(QUERY_START + guess, mask=ok, other=0)
-    after = tl.load(QUERY_START + guess + 1, mask=ok, other=0)
-    found = (here <= t) & (t < after)
-    lo = tl.where(found, guess, 0)
-    hi = tl.where(found, guess, n_rows - 1)
-    for _ in range(STEPS):
-        mid = (lo + hi + 1) // 2
-        up = tl.load(QUERY_START + mid, mask=ok & (lo < hi), other=0) <= t
-        lo = tl.where((lo < hi) & up, mid, lo)
-        hi = tl.where((lo < hi) & (up == 0), mid - 1, hi)
+    # the row of each token: the last one that starts at or before it. In pure decode (STEPS is 0) it is the token's own number
+    lo = tl.minimum(t, n_rows - 1)
     start = tl.load(QUERY_START + lo, mask=ok, other=0)
     end = tl.load(QUERY_START + lo + 1, mask=ok, other=0)
+    if STEPS > 0:
+        found = (start <= t) & (t < end)
+        hi = tl.where(found, lo, n_rows - 1)
+        lo = tl.where(found, lo, 0)
+        for _ in range(STEPS):
+            mid = (lo + hi + 1) // 2
+            up = tl.load(QUERY_START + mid, mask=ok & (lo < hi), other=0) <= t
+            lo = tl.where((lo < hi) & up, mid, lo)
+            hi = tl.where((lo < hi) & (up == 0), mid - 1, hi)
+        start = tl.load(QUERY_START + lo, mask=ok, other=0)
+        end = tl.load(QUERY_START + lo + 1, mask=ok, other=0)
     length = tl.load(SEQ_LENS + lo, mask=ok, other=0)
+    block = tl.load(BLOCK_TABLE + lo.to(tl.int64) * b_r, mask=ok, other=0).to(tl.int64)
     position = length - end + t
     ok = ok & (start <= t) & (t < end) & (length > 0)
 
-    block = tl.load(BLOCK_TABLE + lo.to(tl.int64) * b_r, mask=ok, other=0).to(tl.int64)
     if ROW_SLOT is not None:
         slot = tl.load(ROW_SLOT + lo, mask=ok, other=-1).to(tl.int64)
     else:
         ok = ok & (block > 0)
         slot = tl.load(BLOCK_SLOT + block // block_ratio, mask=ok, other=-1).to(tl.int64)
+    near = ok & (block > 0)  # rows whose first key can be read
     ok = ok & (slot >= 0)
     g = tl.load(GAMMA + slot * g_s + h, mask=ok, other=1.0).to(tl.float32)
     hs = tl.full(g.shape, 1.0, tl.float32)
@@ -196,7 +213,18 @@ def paged(
     t = t.to(tl.int64)
     h = h.to(tl.int64)
     kv = kv.to(tl.int64)
-    lse = tl.load(LSE + t * l_t + h * l_h, mask=ok, other=float("-inf")).to(tl.float32)
+    d = tl.arange(0, DP)
+    dv = tl.arange(0, DVP)
+    at_k = (block * k_b + kv * k_h)[:, None] + (d * k_d)[None, :]
+    at_v = (block * v_b + kv * v_h)[:, None] + (dv * v_d)[None, :]
+    if EARLY:
+        k0 = tl.load(KC + at_k, mask=near[:, None] & (d < D)[None, :], other=0.0)
+        v0 = tl.load(VC + at_v, mask=near[:, None] & (dv < DV)[None, :], other=0.0).to(tl.float32)
+    if (
+        PDL
+    ):  # all that was read so far had been written when the attention kernel began; its output has not been, perhaps
+        tl.extra.cuda.gdc_wait()
+    lse = tl.load(LSE + t * l_t + h * l_h, mask=inside if EARLY else ok, other=float("-inf")).to(tl.float32)
     seen = ok & (block > 0)
     if WINDOW:
         seen = seen & (position < window)
@@ -209,22 +237,23 @@ def paged(
     if INPLACE:
         write = keep
     else:
-        write = (t < n_tokens) & (in_group < G)
+        write = inside
     hs = tl.where(keep, hs, 1.0)
 
-    d = tl.arange(0, DP)
-    dv = tl.arange(0, DVP)
     look = seen & keep
-    q = tl.load(Q + (t * q_t + h * q_h)[:, None] + d[None, :], mask=look[:, None] & (d < D)[None, :], other=0.0)
-    o = tl.load(AO + (t * o_t + h * o_h)[:, None] + dv[None, :], mask=write[:, None] & (dv < DV)[None, :], other=0.0)
-    k0 = tl.load(
-        KC + (block * k_b + kv * k_h)[:, None] + (d * k_d)[None, :], mask=look[:, None] & (d < D)[None, :], other=0.0
-    )
-    v0 = tl.load(
-        VC + (block * v_b + kv * v_h)[:, None] + (dv * v_d)[None, :],
-        mask=look[:, None] & (dv < DV)[None, :],
+    q = tl.load(
+        Q + (t * q_t + h * q_h)[:, None] + d[None, :],
+        mask=(inside if EARLY else look)[:, None] & (d < D)[None, :],
         other=0.0,
-    ).to(tl.float32)
+    )
+    o = tl.load(
+        AO + (t * o_t + h * o_h)[:, None] + dv[None, :],
+        mask=(inside if EARLY else write)[:, None] & (dv < DV)[None, :],
+        other=0.0,
+    )
+    if not EARLY:
+        k0 = tl.load(KC + at_k, mask=look[:, None] & (d < D)[None, :], other=0.0)
+        v0 = tl.load(VC + at_v, mask=look[:, None] & (dv < DV)[None, :], other=0.0).to(tl.float32)
     s = tl.sum(q.to(tl.float32) * k0.to(tl.float32), axis=1) * scale
     if K_SCALE is not None:
         s = s * tl.load(K_SCALE).to(tl.float32)
@@ -239,7 +268,8 @@ def paged(
     u, w = _coefficients(s, lse, g, sink, look, SINK is not None, COMPLEMENT)
     u = tl.where(keep, u, 1.0)
     w = tl.where(keep, w, 0.0)
-    y = tl.where((u == 0.0)[:, None], 0.0, o.to(tl.float32) * (u * hs)[:, None]) + v0 * (w * hs)[:, None]
+    y = tl.where((u == 0.0)[:, None], 0.0, o.to(tl.float32) * (u * hs)[:, None])
+    y += tl.where((w == 0.0)[:, None], 0.0, v0 * (w * hs)[:, None])  # a value that nobody looks at may be anything
     tl.store(
         OUT + (t * y_t + h * y_h)[:, None] + dv[None, :], y.to(OUT.dtype.element_ty),
         mask=write[:, None] & (dv < DV)[None, :],
