@@ -140,7 +140,7 @@ def _layers(attend: Any, H: int, K: int, d: int, hidden: int, rows: int) -> dict
     o, y = torch.empty_like(q), torch.empty(rows, hidden, device=CUDA, dtype=torch.bfloat16)
     shared: dict[str, Any] = {"scale": d**-0.5, "head_scale": scales, "block_slot": slot}
     views = cache[..., :d], cache[..., d:]
-    merges = {flag: PagedMerge(*views, gamma, overlap=flag, **shared) for flag in (False, True)}
+    merge = PagedMerge(*views, gamma, **shared)
 
     def run(edit: Callable[[Tensor], Any] | None) -> Callable[[], None]:
         def step() -> None:
@@ -159,9 +159,8 @@ def _layers(attend: Any, H: int, K: int, d: int, hidden: int, rows: int) -> dict
         "Triton's front end": lambda lse: merge_first_token_paged(
             q, *views, o, lse, gamma, block_table=table, query_start_loc=start, seq_lens=lens, **shared
         ),
-        "kept, rows searched": lambda lse: merges[False](q, o, lse, table, start, lens, False),
-        "kept, one token a row": lambda lse: merges[False](q, o, lse, table, start, lens, True),
-        "kept, one token a row, overlapped": lambda lse: merges[True](q, o, lse, table, start, lens, True),
+        "kept, rows searched": lambda lse: merge(q, o, lse, table, start, lens, False),
+        "kept, one token a row": lambda lse: merge(q, o, lse, table, start, lens, True),
     }
     found = {}
     for name, edit in kinds.items():

@@ -186,20 +186,20 @@ def test_step_captures_and_follows_its_tables():
         torch.testing.assert_close(static.transpose(1, 2), expected, **ROUNDING)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("which", ["block_slot", "row_slot"])
 @pytest.mark.parametrize("one", [False, True])
-def test_a_layer_s_merge_equals_the_reference(overlap, which, one):
+def test_a_layer_s_merge_equals_the_reference(which, one):
     """Rows of several lengths, and one token each with padding behind, through kernels that are kept."""
     rows = {} if not one else {"rows": ((1, 2), (1, 5), (1, 1), (1, 40), (0, 0), (0, 0)), "padding": 2}
-    for seed in (0, 1):
-        case = Paged(seed, **rows)
+    many = {"rows": tuple((1, 2 + i % 9) for i in range(70)), "padding": 0}
+    for seed, shape in enumerate((rows, rows, many)):
+        case = Paged(seed, **shape)
         case.by_block = which == "block_slot"
         before, lse, want = case.naive()
         o, view, table = before.float().cuda(), case.view.cuda(), getattr(case, which).cuda()
         merge = PagedMerge(
             view[..., : case.d], view[..., case.d :], case.gamma.cuda(), scale=case.scale, head_scale=case.head_scale.cuda(),
-            overlap=overlap, **{which: table},
+            **{which: table},
         )  # fmt: skip
         for _ in range(2):
             o.copy_(before)
@@ -209,8 +209,7 @@ def test_a_layer_s_merge_equals_the_reference(overlap, which, one):
             close(o.cpu(), want, torch.float32, factor=30)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_a_layer_s_merge_captures_behind_another_kernel(overlap):
+def test_a_layer_s_merge_captures_behind_another_kernel():
     """Replayed behind the kernel that writes what it edits; tables may change in between."""
     rows, H, K, d = 5, 8, 2, 128
     gen = torch.Generator(device="cuda").manual_seed(0)
@@ -223,7 +222,7 @@ def test_a_layer_s_merge_captures_behind_another_kernel(overlap):
     lens = torch.full((rows,), 20, device="cuda", dtype=torch.int32)
     slot = torch.arange(20, device="cuda", dtype=torch.int32) % 2
     keys, values = cache[..., :d], cache[..., d:]
-    merge = PagedMerge(keys, values, gamma, scale=0.1, block_slot=slot, overlap=overlap)
+    merge = PagedMerge(keys, values, gamma, scale=0.1, block_slot=slot)
     o = torch.empty_like(source)
 
     def step():

@@ -165,18 +165,25 @@ def paged(
     q_t, q_h, k_b, k_h, k_d, v_b, v_h, v_d, o_t, o_h, l_t, l_h, y_t, y_h, b_r, g_s, s_s,
     KH: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BT: tl.constexpr, GB: tl.constexpr, COMPLEMENT: tl.constexpr, INPLACE: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STEPS: tl.constexpr, PDL: tl.constexpr = False,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STEPS: tl.constexpr, SPAN: tl.constexpr = False,
 ):  # fmt: skip
     # Decoding (BT is 1) waits for memory, not for traffic: what can be asked for at once is, needed or not. Prefill reads less.
     EARLY: tl.constexpr = BT == 1
-    HB: tl.constexpr = (G + GB - 1) // GB
     pid = tl.program_id(0)
-    kv = (pid // HB) % KH
     r = tl.arange(0, BT * GB)
-    t = (pid // (HB * KH)) * BT + r // GB
-    in_group = (pid % HB) * GB + r % GB
-    h = kv * G + in_group
-    inside = (t < n_tokens) & (in_group < G)
+    if SPAN:  # heads of any KV heads
+        SB: tl.constexpr = (KH * G + GB - 1) // GB
+        t = (pid // SB) * BT + r // GB
+        h = (pid % SB) * GB + r % GB
+        kv = h // G
+        inside = (t < n_tokens) & (h < KH * G)
+    else:
+        HB: tl.constexpr = (G + GB - 1) // GB
+        kv = r * 0 + (pid // HB) % KH
+        t = (pid // (HB * KH)) * BT + r // GB
+        in_group = (pid % HB) * GB + r % GB
+        h = kv * G + in_group
+        inside = (t < n_tokens) & (in_group < G)
     ok = inside
 
     # the row of each token: the last one that starts at or before it. In pure decode (STEPS is 0) it is the token's own number
@@ -220,10 +227,6 @@ def paged(
     if EARLY:
         k0 = tl.load(KC + at_k, mask=near[:, None] & (d < D)[None, :], other=0.0)
         v0 = tl.load(VC + at_v, mask=near[:, None] & (dv < DV)[None, :], other=0.0).to(tl.float32)
-    if (
-        PDL
-    ):  # all that was read so far had been written when the attention kernel began; its output has not been, perhaps
-        tl.extra.cuda.gdc_wait()
     lse = tl.load(LSE + t * l_t + h * l_h, mask=inside if EARLY else ok, other=float("-inf")).to(tl.float32)
     seen = ok & (block > 0)
     if WINDOW:

@@ -315,7 +315,7 @@ def _launch_paged(
         *q.stride()[:2], *_outer(key_cache), *_outer(value_cache), *o.stride()[:2], lse.stride(1), lse.stride(0),
         *out.stride()[:2], block_table.stride(0), gamma.stride(0), 0 if head_scale is None else head_scale.stride(0),
         KH=K, G=H // K, D=d, DV=dv, DP=dp, DVP=dvp, BT=bt, GB=gb, COMPLEMENT=complement, INPLACE=inplace,
-        WINDOW=bool(window > 0), SOFTCAP=bool(softcap > 0.0), STEPS=-(-int(rows).bit_length() // 4) * 4, PDL=False, num_warps=warps,
+        WINDOW=bool(window > 0), SOFTCAP=bool(softcap > 0.0), STEPS=-(-int(rows).bit_length() // 4) * 4, SPAN=False, num_warps=warps,
     )  # fmt: skip
 
 

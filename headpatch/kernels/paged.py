@@ -17,6 +17,8 @@ from headpatch.kernels.first_token import merge_first_token_paged, tile, triton_
 
 __all__ = ["PagedMerge"]
 
+WIDE = 64
+"""Tokens from which on, in decoding, there are programs enough with all heads of a token in one."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -31,9 +33,6 @@ class PagedMerge:
         [slots, H] fp32, rows contiguous, at fixed addresses; `head_scale` None for ones.
     scale, block_slot, row_slot, block_ratio, window, softcap
         As in :func:`~headpatch.kernels.first_token.merge_first_token_paged`.
-    overlap
-        Begin while the kernel before is still running, and wait for it only where its results are read (programmatic dependent
-        launch, from compute capability 9.0 on). That kernel must be the attention whose output is edited.
 
     Raises
     ------
@@ -44,14 +43,13 @@ class PagedMerge:
     def __init__(
         self, keys: Tensor, values: Tensor, gamma: Tensor, *, scale: float, head_scale: Tensor | None = None,
         block_slot: Tensor | None = None, row_slot: Tensor | None = None, block_ratio: int = 1, window: int = 0,
-        softcap: float = 0.0, overlap: bool = False,
+        softcap: float = 0.0,
     ) -> None:  # fmt: skip
         if (block_slot is None) == (row_slot is None):
             raise ValueError("give one of block_slot and row_slot")
         self.keys, self.values, self.gamma, self.head_scale = keys, values, gamma, head_scale
         self.block_slot, self.row_slot = block_slot, row_slot
         self.scale, self.block_ratio, self.window, self.softcap = scale, block_ratio, window, softcap
-        self.overlap = overlap and keys.is_cuda and torch.cuda.get_device_capability(keys.device) >= (9, 0)
         k, v = keys.stride(), values.stride()
         self._outer = (k[0], k[1], k[3], v[0], v[1], v[3])
         self._compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], int, int]] = {}
@@ -86,7 +84,8 @@ class PagedMerge:
         q_strides, o_strides, l_t, l_h = q.stride(), o.stride(), lse.stride(1), lse.stride(0)
         b_r = block_table.stride(0)
         aligned = not (q.data_ptr() | o.data_ptr()) & 15
-        key = (rows < tokens, steps, aligned, q_strides, o_strides, l_t, b_r)
+        wide = rows >= tokens >= WIDE
+        key = (rows < tokens, steps, wide, aligned, q_strides, o_strides, l_t, b_r)
         head_scale = self.head_scale
         args = (
             q, self.keys, self.values, o, lse, o, block_table, query_start_loc, seq_lens, self.gamma, head_scale,
@@ -112,23 +111,25 @@ class PagedMerge:
         """(what is launched, arguments behind `args`, tokens a program, programs a token) for arguments of this kind."""
         from headpatch.kernels._triton import paged
 
-        many, steps, _, q_strides, o_strides, *_ = key
+        many, steps, wide, _, q_strides, o_strides, *_ = key
         q, keys, o = args[0], args[1], args[3]
         H, K, d, dv = q.shape[1], keys.shape[1], q.shape[2], o.shape[2]
         last = (q_strides[2], o_strides[2], self.gamma.stride(1))
         if H % K or any(s != 1 for s in last) or (self.head_scale is not None and self.head_scale.stride(1) != 1):
             raise ValueError("query heads must be divisible by the cache's KV heads, and last strides be 1")
         head_blocks, gb, bt, dp, dvp, warps = tile(H, K, d, dv, many)
+        programs = K * head_blocks
+        if wide:  # as if all heads had one KV head
+            programs, gb, _, _, _, warps = tile(H, 1, d, dv, many)
         shape = {
             "KH": K, "G": H // K, "D": d, "DV": dv, "DP": dp, "DVP": dvp, "BT": bt, "GB": gb, "COMPLEMENT": False, "INPLACE": True,
-            "WINDOW": self.window > 0, "SOFTCAP": self.softcap > 0.0, "STEPS": steps, "PDL": self.overlap,
+            "WINDOW": self.window > 0, "SOFTCAP": self.softcap > 0.0, "STEPS": steps, "SPAN": wide,
         }  # fmt: skip
-        options = {"num_warps": warps, **({"launch_pdl": True} if self.overlap else {})}
-        compiled = paged.warmup(*args, **shape, **options, grid=(1, 1, 1))
+        compiled = paged.warmup(*args, **shape, num_warps=warps, grid=(1, 1, 1))
         compiled = compiled.result() if hasattr(compiled, "result") else compiled
         if hasattr(type(compiled), "__getitem__"):  # a kernel that can be launched as it is
-            return compiled, tuple(shape.values()), bt, K * head_blocks
-        return _Jit(paged, {**shape, **options}), (), bt, K * head_blocks
+            return compiled, tuple(shape.values()), bt, programs
+        return _Jit(paged, {**shape, "num_warps": warps}), (), bt, programs
 
 
 class _Jit:

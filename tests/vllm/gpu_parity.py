@@ -5,7 +5,7 @@
 For each recipe: the mean difference in log-probability from transformers (float32, recipe applied) of the tokens that
 the engine chose.
 It may be no larger than what the untouched requests of the same batch show, which is the engine's own noise, or, since a recipe can
-make a model more sensitive to rounding, than what bfloat16 transformers with the same recipe show on the same tokens. A quarter more
+make a model more sensitive to rounding, than what bfloat16 (fp8) transformers with the same recipe show on the same tokens. A quarter more
 is allowed. The same requests measured against the *untouched* reference show that the recipe matters.
 """
 
@@ -99,6 +99,8 @@ def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     reference = load(Path(model)).cuda()
     rounded = load(Path(model)).to(torch.float32 if options.get("dtype") == "float32" else torch.bfloat16).cuda()
+    if options.get("quantization") == "fp8":
+        round_to_fp8(rounded)
     torch.backends.cuda.matmul.allow_tf32 = False
     names: list[Any] = ["none", *given]
     rounds = []
@@ -153,6 +155,20 @@ def like(answers: Any, tables: Any) -> list[Any]:
         replace(answer, logprobs=[{token: float(table[step, token])} for step, token in enumerate(answer.tokens)])
         for answer, table in zip(answers, tables, strict=True)
     ]
+
+
+def round_to_fp8(model: Any) -> None:
+    """Weights and inputs of the layers' projections as an fp8 engine has them: e4m3 with one scale each."""
+    import torch
+
+    def rounded(x: Any) -> Any:
+        scale = x.abs().max().float().clamp(min=1e-12) / 448
+        return ((x.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
+            module.weight.data = rounded(module.weight.data)
+            module.register_forward_pre_hook(lambda _, given: (rounded(given[0]), *given[1:]))
 
 
 def text_prompts(model: str) -> list[list[int]]:
