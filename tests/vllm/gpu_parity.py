@@ -5,8 +5,8 @@
 For each recipe: the mean difference in log-probability from transformers (float32, recipe applied) of the tokens that
 the engine chose.
 It may be no larger than what the untouched requests of the same batch show, which is the engine's own noise, or, since a recipe can
-make a model more sensitive to rounding, than what bfloat16 (fp8) transformers with the same recipe show on the same tokens. A quarter more
-is allowed. The same requests measured against the *untouched* reference show that the recipe matters.
+make a model more sensitive to rounding, than what bfloat16 (fp8) transformers with the same recipe show on the same tokens. A quarter
+more is allowed. The same requests measured against the *untouched* reference show that the recipe matters.
 """
 
 from __future__ import annotations
