@@ -109,14 +109,21 @@ def machine(device: torch.device) -> dict[str, Any]:
     """Device, versions, commit and date."""
     import transformers
 
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        here = Path(__file__).parent
+        git = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+        )
+        commit = git.stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
 

@@ -1,47 +1,57 @@
 """Soft injection against zero-shot, few-shot prompts, function vectors and chance, over many small tasks.
 
-    python benchmarks/soft_injection.py --data FOLDER [--tasks 30] [--seeds 3] [--device cuda] [--minutes 120]
+    python benchmarks/soft_injection.py --data FOLDER [--tasks 30] [--seeds 3] [--device cuda] [--workers 6] [--minutes 120]
 
 FOLDER holds one JSON file per task (in any subfolder), a list of {"input": ..., "output": ...}: the tasks of
 github.com/ericwtodd/function_vectors have this form. Each task is split once into training, validation and test pairs; seeds differ
 in few-shot prompts, in the order of training pairs and in the random control. What is done is kept in `--out`, and the same command
-goes on from there; `--minutes` ends it after the group of tasks that is being run then.
+goes on from there; `--minutes` ends it after the group of tasks that is being run then. With `--workers` groups are measured side by
+side, in processes of their own that write beside `--out` and share its device; these are stopped at the minute, and what they had
+measured counts (`--minutes 0` does nothing but merge what there is, and report).
 
 Per task and seed: zero-shot (no seed); ICL, `--shots` demonstrations in `--draws` draws, each for a part of the questions; the
 function vector of the heads that mediation finds on training prompts of some tasks, in the layer that validation pairs choose; soft
-injection; and its control, the same strengths on heads in random order. Answers are greedy; they count by the published prefix match
-and by exact match. Afterwards recipes of some tasks are applied with headpatch.apply and used one query at a time: latency, and
-whether they answer as measured.
+injection, learned by each of `--losses`; and its control, the first one's strengths on heads in random order. Answers are greedy and
+count by the published prefix match and by exact match. Afterwards recipes of some tasks are applied with headpatch.apply and used one
+query at a time: latency, and whether they answer as measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import math
+import os
 import random
+import shutil
+import signal
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import soft_injection_parts as parts_of
 import torch
-from common import RESULTS, machine
+from common import machine
+from soft_injection_latency import latency
+from soft_injection_options import NO_SETTINGS, options, tasks_of
+from soft_injection_report import METHODS, WHOLE, report
 
-import headpatch
 from headpatch.commands.generate import load
-from headpatch.demo_model import SHORT_NAME
 from headpatch.tune.engine import Beginnings, LastTokens, last_tokens
 from headpatch.tune.function_vector import HeadWriter, addition, best_layer, function_vector, mediation
-from headpatch.tune.pairs import Format, Pair, Split, exact_match, first_tokens, prefix_match, split
+from headpatch.tune.measure import answers
+from headpatch.tune.pairs import Format, Pair, Split, answer_tokens, exact_match, first_tokens, prefix_match, split
 from headpatch.tune.soft import Learned, Lesson, Settings, embed, injection, learn
 from headpatch.tune.task_recipes import injection_recipe, vector_recipe
 
 STYLE = Format()
-METHODS = ("zero-shot", "ICL", "function vector", "soft injection", "random alpha")
 FV_HEADS = 10
+LEARNED = {"first": "soft injection", "answer": WHOLE}
+RESERVE = 40.0
+"""Seconds of `--minutes` that are kept for the latency of each dtype."""
 
 
 @dataclass
@@ -54,26 +64,13 @@ class Test:
     tokens: int
 
 
-def tasks_of(folder: Path, count: int | None, skip: set[str], names: list[str]) -> dict[str, list[Pair]]:
-    files = {path.stem: path for path in sorted(folder.rglob("*.json"))}
-    chosen = names or [name for name in files if name not in skip]
-    if not names:
-        random.Random(0).shuffle(chosen)
-    found = {}
-    for name in chosen[:count]:
-        rows = json.loads(files[name].read_text("utf-8"))
-        found[name] = [Pair(str(row["input"]).strip(), str(row["output"]).strip()) for row in rows]
-    return found
-
-
-def saint(text: str) -> str:
-    return text.replace("St.", "Saint")
-
-
 def marks(task: str, texts: list[str], pairs: list[Pair]) -> dict[str, list[int]]:
     """1 or 0 per question, by both scores; letter-case tasks mind the case."""
     case = task.startswith(("capitalize", "lowercase"))
-    both = [(saint(text), saint(pair.answer)) for text, pair in zip(texts, pairs, strict=True)]
+    both = [
+        (text.replace("St.", "Saint"), pair.answer.replace("St.", "Saint"))
+        for text, pair in zip(texts, pairs, strict=True)
+    ]
     return {
         "prefix": [int(prefix_match(text, answer, case)) for text, answer in both],
         "exact": [int(exact_match(text, answer, case)) for text, answer in both],
@@ -81,35 +78,37 @@ def marks(task: str, texts: list[str], pairs: list[Pair]) -> dict[str, list[int]
 
 
 class Bench:
-    def __init__(self, given: argparse.Namespace, model: LastTokens, ends: set[int], out: Path) -> None:
-        self.given, self.model, self.ends, self.out = given, model, ends, out
+    """One process's model and what it has measured, in `out`."""
+
+    def __init__(self, given: argparse.Namespace, model: LastTokens, keep: list[str]) -> None:
+        self.given, self.model, self.out, self.kept = given, model, given.part or given.out, keep
+        if given.wider:
+            model.wider = given.wider
         self.settings = Settings(
             prompts=given.prompts, shots=given.shots, steps=given.steps, validation=given.valid, every=given.every
         )
-        plain = {
-            k: v
-            for k, v in vars(given).items()
-            if k not in ("out", "minutes", "data", "device", "tasks", "seeds", "names", "latency")
-        }
-        layers = range(model.shape.parts[model.shape.main].num_layers)
-        self.writers = {layer: HeadWriter(model.writer(layer)) for layer in layers}
+        plain = {k: v for k, v in vars(given).items() if k not in NO_SETTINGS}
+        self.methods = [m for m in METHODS if m not in LEARNED.values() or m in map(LEARNED.get, given.losses)]
+        self._writers: dict[int, HeadWriter] = {}
         self.data: dict[str, Any] = {
-            "settings": plain,
-            "model": model.about(),
-            "tasks": {},
-            "heads": None,
-            "recipes": {},
-        }
-        if out.exists():
-            known = json.loads(out.read_text("utf-8"))
+            "settings": plain, "model": model.about(), "tasks": {}, "heads": None, "recipes": {}
+        }  # fmt: skip
+        if self.out.exists():
+            known = json.loads(self.out.read_text("utf-8"))
             if known["settings"] != plain:
-                sys.exit(f"{out} was made with other settings: {known['settings']}")
+                sys.exit(f"{self.out} was made with other settings: {known['settings']}")
             self.data = known
 
+    @property
+    def writers(self) -> dict[int, HeadWriter]:
+        """Of every layer, made when they are first asked for: each takes a decomposition."""
+        if not self._writers:
+            layers = range(self.model.shape.parts[self.model.shape.main].num_layers)
+            self._writers = {layer: HeadWriter(self.model.writer(layer)) for layer in layers}
+        return self._writers
+
     def save(self) -> None:
-        scratch = self.out.with_suffix(".tmp")
-        scratch.write_text(json.dumps(self.data, indent=1) + "\n", "utf-8")
-        scratch.replace(self.out)
+        parts_of.write_whole(self.out, self.data)
 
     def parts(self, pairs: list[Pair]) -> Split:
         made = split(pairs, 0)
@@ -118,27 +117,29 @@ class Bench:
 
     def test(self, parts: Split) -> Test:
         pairs = list(parts.test)
-        ids, _ = first_tokens(
+        ids, said = answer_tokens(
             self.model, [STYLE.prompt(p.question) for p in pairs], [STYLE.said(p.answer) for p in pairs]
         )
-        whole = self.model.encode([STYLE.prompt(p.question) for p in pairs], [STYLE.said(p.answer) for p in pairs])
-        longest = max(len(b) - len(a) for a, b in zip(ids, whole, strict=True))
-        return Test(pairs, self.model.begin(ids), [len(i) for i in ids], min(20, longest + 2))
+        return Test(pairs, self.model.begin(ids), [len(i) for i in ids], min(20, max(map(len, said)) + 2))
 
     def answers(self, beginnings: Beginnings, edit: Any, tokens: int) -> list[str]:
-        return [
-            self.model.decode(found)
-            for start in range(0, len(beginnings), 64)
-            for found in self.model.answer(
-                beginnings, range(start, min(len(beginnings), start + 64)), edit, tokens, self.ends
-            )
-        ]
+        return answers(self.model, beginnings, edit, tokens)
 
     def heads(self, tasks: dict[str, Split], vectors: dict[str, list[torch.Tensor]]) -> list[str]:
-        """Heads that carry tasks, found once, on training prompts of the first tasks."""
+        """Heads that carry tasks, found once, on training prompts of the first tasks; a part waits for its parent's."""
+        parent = os.getppid()
+        while self.data["heads"] is None and self.given.part:
+            if self.given.out.exists():
+                self.data["heads"] = json.loads(self.given.out.read_text("utf-8"))["heads"]
+            if os.getppid() != parent:
+                sys.exit("the process that was to find heads has ended")
+            time.sleep(0.5)
         if self.data["heads"] is None:
             started = time.monotonic()
             some = list(tasks)[: self.given.mediation_tasks]
+            for n in some:
+                if n not in vectors:
+                    vectors[n] = embed(self.model, tasks[n].train, STYLE, self.given.prompts, self.given.shots, 0)
             effects = mediation(
                 self.model, [(tasks[n].train, vectors[n]) for n in some], STYLE, prompts=self.given.mediation_prompts,
                 shots=self.given.shots, progress=lambda i, n: print(f"\rmediation {i}/{n}", end="", flush=True),
@@ -164,40 +165,57 @@ class Bench:
                 keys.append((name, seed))
                 print(f"\r{name} seed {seed}: embedded ({time.monotonic() - started:.0f} s)   ", end="", flush=True)
         vectors = {name: lesson.vectors for (name, seed), lesson in zip(keys, lessons, strict=True) if seed == 0}
+        learned: dict[str, list[Learned]] = {}
+        each, works = {}, []
+        for loss in self.given.losses:
+            work, began = self.work([*tasks, str(seeds), loss]), time.monotonic()
+
+            def show(step: Any, loss: str = loss) -> None:
+                text = (
+                    f"\r{loss}: step {step.step}/{step.steps}, loss {step.loss:.3f}, {step.seconds_left:.0f} s left "
+                )
+                print(text, end="", flush=True)
+
+            settings = replace(self.settings, loss=loss)
+            learned[loss] = learn(self.model, lessons, STYLE, settings, work=work, progress=show)
+            each[loss] = (time.monotonic() - began) / len(lessons)
+            works.append(work)
+            print()
         heads = self.heads(tasks, vectors)  # type: ignore[arg-type]
-        work = self.out.with_suffix(".work")
-        began = time.monotonic()
-
-        def show(step: Any) -> None:
-            text = f"\rstep {step.step}/{step.steps}, loss {step.loss:.3f}, {step.seconds_left:.0f} s left "
-            print(text, end="", flush=True)
-
-        learned = learn(self.model, lessons, STYLE, self.settings, work=work, progress=show)
-        each = (time.monotonic() - began) / len(lessons)
-        print()
         for name, parts in tasks.items():
             mine = [
-                (seed, lesson, got) for (n, seed), lesson, got in zip(keys, lessons, learned, strict=True) if n == name
+                (seed, lessons[i], {loss: learned[loss][i] for loss in learned})
+                for i, (n, seed) in enumerate(keys)
+                if n == name
             ]
             self.data["tasks"][name] = self.measure(name, parts, mine, heads, each)
             self.save()
             done = self.data["tasks"][name]
-            rows = {m: [statistics.mean(r["prefix"]) for r in done["answers"][m]] for m in METHODS}
+            rows = {m: [statistics.mean(r["prefix"]) for r in done["answers"][m]] for m in self.methods}
             print(
                 name,
                 {m: round(100 * statistics.mean(v), 1) for m, v in rows.items()},
                 f"{time.monotonic() - started:.0f} s",
                 flush=True,
             )
-        work.unlink(missing_ok=True)
+        for work in works:
+            work.unlink(missing_ok=True)
+
+    def work(self, words: list[str]) -> Path:
+        """Where the learning of these tasks keeps its state, whoever runs it."""
+        folder = self.given.out.with_suffix(".work")
+        folder.mkdir(parents=True, exist_ok=True)
+        return Path(folder / hashlib.sha256(" ".join(words).encode()).hexdigest()[:12])
 
     def measure(
-        self, name: str, parts: Split, mine: list[tuple[int, Lesson, Learned]], heads: list[str], seconds: float
-    ) -> dict[str, Any]:
+        self, name: str, parts: Split, mine: list[tuple[int, Lesson, dict[str, Learned]]], heads: list[str],
+        seconds: dict[str, float],
+    ) -> dict[str, Any]:  # fmt: skip
         test = self.test(parts)
         found: dict[str, Any] = {
             "pairs": {"train": len(parts.train), "valid": len(parts.valid), "test": len(parts.test)},
-            "prompt_tokens": {"zero-shot": statistics.mean(test.lengths)}, "answers": {m: [] for m in METHODS}, "learned": [],
+            "prompt_tokens": {"zero-shot": statistics.mean(test.lengths)}, "answers": {m: [] for m in self.methods},
+            "learned": [],
         }  # fmt: skip
         note = found["answers"]
         note["zero-shot"].append(marks(name, self.answers(test.prompts, None, test.tokens), test.pairs))
@@ -216,46 +234,49 @@ class Bench:
             note["function vector"].append(
                 {"seed": seed, "layer": layer, "missing": round(missing, 4), **marks(name, texts, test.pairs)}
             )
-            texts = self.answers(test.prompts, injection(got.alpha, lesson.vectors), test.tokens)
-            note["soft injection"].append({"seed": seed, **marks(name, texts, test.pairs)})
-            texts = self.answers(test.prompts, injection(shuffled(got.alpha, seed), lesson.vectors), test.tokens)
+            for loss, learned in got.items():
+                texts = self.answers(test.prompts, injection(learned.alpha, lesson.vectors), test.tokens)
+                note[LEARNED[loss]].append({"seed": seed, **marks(name, texts, test.pairs)})
+                found["learned"].append(
+                    {"seed": seed, "loss": loss, **about(learned), "seconds": round(seconds[loss], 1)}
+                )
+            main = got[self.given.losses[0]]
+            texts = self.answers(test.prompts, injection(shuffled(main.alpha, seed), lesson.vectors), test.tokens)
             note["random alpha"].append({"seed": seed, **marks(name, texts, test.pairs)})
-            every = torch.cat(got.alpha)
-            alpha = {
-                "mean": round(float(every.mean()), 4), "below 0.1": int((every < 0.1).sum()), "above 0.9": int((every > 0.9).sum()),
-                "of": len(every), "by layer": [round(float(a.mean()), 3) for a in got.alpha],
-            }  # fmt: skip
-            found["learned"].append({
-                "seed": seed, "step": got.step, "train": [round(x, 4) for x in got.train],
-                "valid": [round(x, 4) for x in got.valid], "alpha": alpha, "seconds": round(seconds, 1),
-            })  # fmt: skip
-            if seed == 0 and len(self.data["recipes"]) < self.given.latency:
-                self.keep(name, got, lesson, layer, v, parts, test)
+            if seed == 0 and name in self.kept:
+                self.keep(name, main, lesson, layer, v, parts, test)
         found["prompt_tokens"]["ICL"] = statistics.mean(shown_tokens)
         return found
 
     def few_shot(self, parts: Split, test: Test, seed: int) -> tuple[list[str], list[int]]:
-        """Answers behind demonstrations: each draw of them serves a part of the questions, whose prompts share it."""
+        """Answers behind demonstrations: each draw of them serves a part of the questions, whose prompts share it.
+
+        What they share is computed once, unless there is room for all of them in one batch: a GPU waits for the number of calls.
+        """
         rng, texts, lengths = random.Random(f"ICL {seed}"), [""] * len(test.pairs), []
+        groups: list[tuple[list[int], list[tuple[int, ...]]]] = []
         for draw in range(self.given.draws):
             rows = list(range(draw, len(test.pairs), self.given.draws))
-            if not rows:
-                continue
-            shown = rng.sample(list(parts.train), self.given.shots)
-            ids = self.model.encode([STYLE.prompt(test.pairs[i].question, shown) for i in rows])
-            shared = next(
-                (k for k, column in enumerate(zip(*ids, strict=False)) if len(set(column)) > 1), min(map(len, ids)) - 1
-            )
-            beginnings = self.model.begin(ids, min(shared, min(map(len, ids)) - 1))
+            if rows:
+                shown = rng.sample(list(parts.train), self.given.shots)
+                groups.append((rows, self.model.encode([STYLE.prompt(test.pairs[i].question, shown) for i in rows])))
+        if self.model.wider > 1:
+            groups = [([i for rows, _ in groups for i in rows], [own for _, ids in groups for own in ids])]
+        for rows, ids in groups:
+            shortest = min(map(len, ids)) - 1
+            shared = next((k for k, column in enumerate(zip(*ids, strict=False)) if len(set(column)) > 1), shortest)
+            beginnings = self.model.begin(ids, 0 if self.model.wider > 1 else min(shared, shortest))
             for i, text in zip(rows, self.answers(beginnings, None, test.tokens), strict=True):
                 texts[i] = text
-            lengths += [len(i) for i in ids]
+            lengths += [len(own) for own in ids]
         return texts, lengths
 
     def keep(
         self, name: str, got: Learned, lesson: Lesson, layer: int, v: torch.Tensor, parts: Split, test: Test
     ) -> None:
-        folder = self.out.with_suffix(".recipes")
+        folder = self.given.out.with_suffix(".recipes")
+        for kind in ("soft", "fv"):  # of a run that was stopped before it could note this task
+            (folder / f"{name}-{kind}.safetensors").unlink(missing_ok=True)
         injection_recipe(self.model.shape, got.alpha, lesson.vectors, name=f"{name}-soft").save(
             folder / f"{name}-soft.yaml"
         )
@@ -270,110 +291,109 @@ class Bench:
         }  # fmt: skip
 
 
+def about(got: Learned) -> dict[str, Any]:
+    """What was learned, for the result."""
+    every = torch.cat(got.alpha)
+    alpha = {
+        "mean": round(float(every.mean()), 4), "below 0.1": int((every < 0.1).sum()), "above 0.9": int((every > 0.9).sum()),
+        "of": len(every), "by layer": [round(float(a.mean()), 3) for a in got.alpha],
+    }  # fmt: skip
+    return {
+        "step": got.step, "train": [round(x, 4) for x in got.train], "valid": [round(x, 4) for x in got.valid], "alpha": alpha
+    }  # fmt: skip
+
+
 def shuffled(alpha: Any, seed: int) -> list[torch.Tensor]:
     every = torch.cat(list(alpha))
     mixed = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(1000 + seed))]
     return list(mixed.split([len(a) for a in alpha]))
 
 
-def latency(bench: Bench, model: Any, tokenizer: Any) -> None:
-    """Recipes applied through the public API, one query at a time."""
-    folder, device = bench.out.with_suffix(".recipes"), model.device
-    times: dict[str, list[float]] = {"zero-shot": [], "ICL": [], "function vector": [], "soft injection": []}
-    same = {"function vector": [0, 0], "soft injection": [0, 0]}
-    first: dict[str, list[float]] = {name: [] for name in times}
-    for name, kept in bench.data["recipes"].items():
-        for way, prompts, recipe in (
-            ("zero-shot", kept["zero"], None), ("ICL", kept["few"], None), ("function vector", kept["zero"], "fv"),
-            ("soft injection", kept["zero"], "soft"),
-        ):  # fmt: skip
-            handle = headpatch.apply(model, str(folder / f"{name}-{recipe}.yaml")) if recipe else None
-            for i, prompt in enumerate(prompts):
-                inputs = tokenizer(prompt, return_tensors="pt").to(device)
-                for tokens, into in ((1, first), (kept["tokens"], times)):
-                    if device.type == "cuda":
-                        torch.cuda.synchronize()
-                    start = time.perf_counter()
-                    with torch.no_grad():
-                        out = model.generate(
-                            **inputs, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0
-                        )
-                    if device.type == "cuda":
-                        torch.cuda.synchronize()
-                    if i:  # the first is a warm-up
-                        into[way].append(1e3 * (time.perf_counter() - start))
-                if recipe:
-                    text = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-                    same[way][0] += said_alike(text, kept[recipe][i])
-                    same[way][1] += 1
-            if handle is not None:
-                handle.remove()
-    tokens = statistics.mean(kept["tokens"] for kept in bench.data["recipes"].values())
-    bench.data["latency"] = {
-        "tokens generated": round(tokens, 1), "tasks": len(bench.data["recipes"]), "machine": machine(device),
-        "first token, ms": {k: round(statistics.median(v), 2) for k, v in first.items() if v},
-        "whole answer, ms": {k: round(statistics.median(v), 2) for k, v in times.items() if v},
-        "answers as measured": {k: f"{a} of {b}" for k, (a, b) in same.items()},
-    }  # fmt: skip
-    # Questions and answers of the data stay out of the result file.
-    bench.data["recipes"] = {
-        name: {"queries": len(kept["zero"]), "tokens": kept["tokens"]} for name, kept in bench.data["recipes"].items()
-    }
-    bench.save()
-
-
-def said_alike(text: str, kept: str) -> int:
-    return int(text.partition("\n")[0].startswith(kept.partition("\n")[0]))
-
-
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--model", default=SHORT_NAME)
-    parser.add_argument("--out", type=Path, default=RESULTS / "soft_injection.json")
-    parser.add_argument("--tasks", type=int, help="how many, in a fixed random order; default: all")
-    parser.add_argument("--names", nargs="*", default=[], help="these tasks")
-    parser.add_argument("--skip", nargs="*", default=["squad_val", "commonsense_qa"], help="tasks with long questions")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--group", type=int, default=6, help="tasks that are learned side by side")
-    parser.add_argument("--prompts", type=int, default=50)
-    parser.add_argument("--shots", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--every", type=int, default=50)
-    parser.add_argument("--train", type=int, default=600, help="training pairs at most")
-    parser.add_argument("--valid", type=int, default=100)
-    parser.add_argument("--test", type=int, default=200, help="test pairs at most")
-    parser.add_argument(
-        "--draws", type=int, default=20, help="draws of demonstrations for the test questions of a seed"
-    )
-    parser.add_argument("--mediation-tasks", type=int, default=6)
-    parser.add_argument("--mediation-prompts", type=int, default=25)
-    parser.add_argument("--latency", type=int, default=4, help="tasks whose recipes are kept and timed")
-    parser.add_argument("--queries", type=int, default=9, help="queries of each; the first is a warm-up")
-    parser.add_argument("--minutes", type=float, default=math.inf)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="float32")
-    given = parser.parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    given, started = options(__doc__).parse_args(arguments), time.monotonic()
+    tasks = tasks_of(given.data, given.tasks, set(given.skip), given.names)
+    keep = list(tasks)[: given.latency] if given.keep is None else given.keep
+    until = started + 60 * given.minutes
+    many = given.workers > 1 and not given.part
+    if many:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers do not outlive their parent
+    known = json.loads(given.out.read_text("utf-8")) if many and given.out.exists() else {"tasks": {}}
+    measured = {*known["tasks"], *(name for part in parts_of.read_parts(given.out) for name in part["tasks"])}
+    todo = [name for name in tasks if name not in measured]
 
-    model, tokenizer = load(given.model, given.device, given.dtype)
-    ends = {i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])} | {tokenizer.eos_token_id}
-    bench = Bench(given, last_tokens(model, tokenizer), ends, given.out)
-    tasks, started = tasks_of(given.data, given.tasks, set(given.skip), given.names), time.monotonic()
+    def command(names: list[str], file: Path) -> list[str]:
+        own = ["--part", str(file), "--names", *names, "--keep", *keep, "--tasks", str(len(names))]
+        return [sys.executable, str(Path(__file__).resolve()), *arguments, *own]
+
+    groups = parts_of.groups_of(todo, given.group) if many and given.minutes > 0 else []
+    pool = parts_of.Pool(given.out, groups, command, given.workers)
+    try:
+        pool.fill()  # before this process loads its model: workers take as long for theirs
+        model, tokenizer = load(given.model, given.device, given.dtype)
+        bench = Bench(given, last_tokens(model, tokenizer), keep)
+        if many:
+            side_by_side(bench, pool, tasks, until)
+        else:
+            one_by_one(bench, tasks, until)
+    finally:
+        pool.stop()
+    if given.part:
+        return
+    bench.data["machine"] = machine(model.device)
+    bench.save()
+    if bench.data["recipes"] and "latency" not in bench.data and given.latency and given.minutes > 0:
+        with_dtypes = {given.dtype: (model, tokenizer)}
+        latency(
+            bench,
+            with_dtypes,
+            [given.dtype, *given.latency_dtypes],
+            lambda d: load(given.model, given.device, d),
+            until,
+        )
+    report(given.out, given.figure)
+    print(f"{len(bench.data['tasks'])} of {len(tasks)} tasks, {(time.monotonic() - started) / 60:.1f} min", flush=True)
+    if len(bench.data["tasks"]) == len(tasks):
+        for left in (".parts", ".work"):
+            shutil.rmtree(given.out.with_suffix(left), ignore_errors=True)
+    if pool.failed:
+        sys.exit(f"{len(pool.failed)} groups failed; the same command measures them again")
+
+
+def one_by_one(bench: Bench, tasks: dict[str, list[Pair]], until: float) -> None:
+    """Groups in this process."""
+    given = bench.given
     todo = [name for name in tasks if name not in bench.data["tasks"]]
-    while todo and (time.monotonic() - started) / 60 < given.minutes:
+    while todo and time.monotonic() < until:
         some, todo = todo[: given.group], todo[given.group :]
         bench.group({name: bench.parts(tasks[name]) for name in some}, given.seeds)
+        print(f"{len(bench.data['tasks'])} of {len(tasks)} tasks", flush=True)
+
+
+def side_by_side(bench: Bench, pool: parts_of.Pool, tasks: dict[str, list[Pair]], until: float) -> None:
+    """Groups in processes of their own, while this one finds the heads for all of them."""
+    given = bench.given
+
+    def news() -> None:
+        try:
+            bench.data = parts_of.merge(bench.data, parts_of.read_parts(bench.out))
+        except ValueError as error:
+            sys.exit(f"{bench.out.with_suffix('.parts')}: {error}; remove this folder, or take another --out")
+        bench.save()
         print(
-            f"{len(bench.data['tasks'])} of {len(tasks)} tasks, {(time.monotonic() - started) / 60:.1f} min",
+            f"\r{len(bench.data['tasks'])} of {len(tasks)} tasks, {len(pool.running)} groups at work ",
+            end="",
             flush=True,
         )
-    bench.data["machine"] = machine(model.device)
-    if "latency" not in bench.data and given.latency:
-        latency(bench, model, tokenizer)
-    bench.save()
-    from soft_injection_report import report
 
-    report(given.out)
+    news()
+    if given.minutes > 0:
+        some = list(tasks)[: given.mediation_tasks]
+        bench.heads({name: bench.parts(tasks[name]) for name in some}, {})
+        torch.cuda.empty_cache()  # nothing without a GPU
+        reserve = min(RESERVE * (1 + len(given.latency_dtypes)), 15 * given.minutes) if given.latency else 0
+        pool.wait(until - reserve, news)
+        print()
 
 
 if __name__ == "__main__":

@@ -14,9 +14,15 @@ from typing import Any
 
 from common import RESULTS
 
-METHODS = ("zero-shot", "ICL", "function vector", "soft injection", "random alpha")
-COLOURS = ("#888888", "#1f77b4", "#9467bd", "#d62728", "#bbbbbb")
+WHOLE = "soft injection, whole answers"
+METHODS = ("zero-shot", "ICL", "function vector", "soft injection", WHOLE, "random alpha")
+COLOURS = dict(zip(METHODS, ("#888888", "#1f77b4", "#9467bd", "#d62728", "#ff7f0e", "#bbbbbb"), strict=True))
 Scores = dict[str, dict[str, dict[str, list[float]]]]
+
+
+def measured(data: dict[str, Any]) -> list[str]:
+    """Methods that every task has figures of."""
+    return [m for m in METHODS if all(m in task["answers"] for task in data["tasks"].values())]
 
 
 def scores(data: dict[str, Any]) -> Scores:
@@ -27,7 +33,7 @@ def scores(data: dict[str, Any]) -> Scores:
                 name: [100 * statistics.mean(run[score]) for run in task["answers"][m]]
                 for name, task in data["tasks"].items()
             }
-            for m in METHODS
+            for m in measured(data)
         }
         for score in ("prefix", "exact")
     }
@@ -45,7 +51,7 @@ def lines(data: dict[str, Any]) -> list[str]:
     seeds = max(len(t["answers"]["soft injection"]) for t in data["tasks"].values())
     tokens = {
         m: statistics.mean(t["prompt_tokens"]["ICL" if m == "ICL" else "zero-shot"] for t in data["tasks"].values())
-        for m in METHODS
+        for m in measured(data)
     }
     timed = data.get("latency", {})
     test = sum(t["pairs"]["test"] for t in data["tasks"].values())
@@ -62,7 +68,7 @@ def lines(data: dict[str, Any]) -> list[str]:
         "| method | prefix match | exact match | spread of seeds | prompt tokens | first token, ms | whole answer, ms |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
-    for m in METHODS:
+    for m in measured(data):
         cells = []
         for score in ("prefix", "exact"):
             mean, low, high = over_tasks([statistics.mean(found[score][m][t]) for t in tasks])
@@ -76,43 +82,58 @@ def lines(data: dict[str, Any]) -> list[str]:
         ]
         made.append(f"| {m} | {' | '.join(cells)} |")
     made += ["", "Paired over tasks, points of prefix match and of exact match:", ""]
-    for other in ("ICL", "function vector", "random alpha", "zero-shot"):
+    mine = [m for m in ("soft injection", WHOLE) if m in measured(data)]
+    pairs = [(m, other) for m in mine for other in measured(data) if other not in mine]
+    pairs += [(WHOLE, "soft injection")] if len(mine) == 2 else []
+    for m, other in pairs:
         words = []
         for score in ("prefix", "exact"):
-            gaps = [
-                statistics.mean(found[score]["soft injection"][t]) - statistics.mean(found[score][other][t])
-                for t in tasks
-            ]
+            gaps = [statistics.mean(found[score][m][t]) - statistics.mean(found[score][other][t]) for t in tasks]
             mean, low, high = over_tasks(gaps)
             words.append(
                 f"{mean:+.1f} [{low:+.1f}, {high:+.1f}], higher in {sum(g > 0 for g in gaps)} of {len(gaps)} tasks"
             )
-        made.append(f"- soft injection against {other}: {words[0]}; {words[1]}")
-    alphas = [run["alpha"] for t in data["tasks"].values() for run in t["learned"]]
-    low, high = (statistics.mean(a[k] / a["of"] for a in alphas) for k in ("below 0.1", "above 0.9"))
-    chosen = statistics.mean(run["step"] for t in data["tasks"].values() for run in t["learned"])
+        made.append(f"- {m} against {other}: {words[0]}; {words[1]}")
     made.append("")
-    made.append(
-        f"Learned strengths: {low:.0%} of heads below 0.1 and {high:.0%} above 0.9; the state that validation chose was reached "
-        f"after {chosen:.0f} steps on average."
-    )
-    if timed:
-        made += [
-            f"Latency: {timed['machine']['device']}, one query at a time through `headpatch.apply` and `generate()`, "
-            f"{timed['tokens generated']:.0f} tokens, medians over {timed['tasks']} tasks. Recipes answered as in the table: "
-            + "; ".join(f"{k} {v}" for k, v in timed["answers as measured"].items()) + ".",
-        ]  # fmt: skip
+    for loss, m in (("first", "soft injection"), ("answer", WHOLE)):
+        runs = [run for t in data["tasks"].values() for run in t["learned"] if run.get("loss", "first") == loss]
+        if m in mine and runs:
+            low, high = (
+                statistics.mean(run["alpha"][k] / run["alpha"]["of"] for run in runs)
+                for k in ("below 0.1", "above 0.9")
+            )
+            made.append(
+                f"Learned strengths, {m}: {low:.0%} of heads below 0.1 and {high:.0%} above 0.9; the state that validation chose "
+                f"was reached after {statistics.mean(run['step'] for run in runs):.0f} steps on average."
+            )
+    for run in [timed, *data.get("latency in other dtypes", [])] if timed else []:
+        held = "; ".join(f"{k} {v}" for k, v in run["answers as measured"].items())
+        own = (
+            ""
+            if run is timed
+            else "; ".join(
+                f"{m} {run['first token, ms'][m]:.1f} and {run['whole answer, ms'][m]:.1f} ms"
+                for m in run["first token, ms"]
+            )
+        )
+        own = f" (first token and whole answer: {own})" if own else ""
+        made.append("")
+        made.append(
+            f"Latency in {run.get('dtype', data['model']['dtype'])}: {run['machine']['device']}, one query at a time through "
+            f"`headpatch.apply` and `generate()`, {run['tokens generated']:.0f} tokens, medians over {run['tasks']} tasks{own}. "
+            f"Recipes answered as in the table: {held}."
+        )
     made += [
         "",
         "By task, prefix match (exact match in brackets):",
         "",
-        f"| task | {' | '.join(METHODS)} |",
-        "| --- " * 6 + "|",
+        f"| task | {' | '.join(measured(data))} |",
+        "| --- " * (1 + len(measured(data))) + "|",
     ]
     for t in sorted(tasks):
         cells = [
             f"{statistics.mean(found['prefix'][m][t]):.0f} ({statistics.mean(found['exact'][m][t]):.0f})"
-            for m in METHODS
+            for m in measured(data)
         ]
         made.append(f"| {t} | {' | '.join(cells)} |")
     return made
@@ -123,25 +144,30 @@ def figure(data: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     found = scores(data)
-    shown = [m for m in METHODS if m != "zero-shot"]
+    methods = measured(data)
     tasks = sorted(data["tasks"], key=lambda t: statistics.mean(found["prefix"]["ICL"][t]))
     fig = Figure(figsize=(10.5, 0.22 * len(tasks) + 1.4), layout="constrained")
     left, right = fig.subplots(1, 2, width_ratios=(3, 1))
-    for m, colour in zip(METHODS, COLOURS, strict=True):
-        if m in shown:
-            values = [statistics.mean(found["prefix"][m][t]) for t in tasks]
-            left.plot(values, range(len(tasks)), "o", color=colour, label=m, markersize=5)
+    for m in methods[1:]:
+        values = [statistics.mean(found["prefix"][m][t]) for t in tasks]
+        left.plot(values, range(len(tasks)), "o", color=COLOURS[m], label=m, markersize=5)
     left.set_yticks(range(len(tasks)), tasks, fontsize=7)
     left.set_xlabel("percent right (prefix match)")
     left.grid(axis="x", alpha=0.3)
     left.legend(fontsize=8, loc="lower right")
     for score, shift, alpha in (("prefix", -0.2, 1.0), ("exact", 0.2, 0.5)):
-        for i, (m, colour) in enumerate(zip(METHODS, COLOURS, strict=True)):
+        for i, m in enumerate(methods):
             mean, low, high = over_tasks([statistics.mean(found[score][m][t]) for t in tasks])
             right.barh(
-                i + shift, mean, 0.38, color=colour, alpha=alpha, xerr=[[mean - low], [high - mean]], ecolor="#333333"
+                i + shift,
+                mean,
+                0.38,
+                color=COLOURS[m],
+                alpha=alpha,
+                xerr=[[mean - low], [high - mean]],
+                ecolor="#333333",
             )
-    right.set_yticks(range(len(METHODS)), METHODS, fontsize=8)
+    right.set_yticks(range(len(methods)), methods, fontsize=8)
     right.invert_yaxis()
     right.set_xlabel("mean over tasks\n(upper: prefix, lower: exact match)")
     right.set_xlim(0, 100)

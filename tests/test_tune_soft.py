@@ -15,7 +15,7 @@ import headpatch
 from headpatch.errors import HeadpatchError, UnsupportedModelError
 from headpatch.tune.engine import last_tokens
 from headpatch.tune.measure import answers, edit_of, questions
-from headpatch.tune.pairs import drawn, first_tokens
+from headpatch.tune.pairs import Pair, drawn, first_tokens
 from headpatch.tune.soft import Lesson, Settings, embed, injection, learn
 
 __all__ = ["folder", "loaded", "model", "vectors"]
@@ -63,6 +63,32 @@ def test_the_last_token_alone_is_the_whole_prompt(name):
         shared = found.run(found.begin([prompts[0], prompts[3]], 6), [1, 0])
         torch.testing.assert_close(shared, wanted[[3, 0]], rtol=0, atol=5e-5)
     assert begun.lengths.tolist() == [len(ids) for ids in prompts]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "gpt_oss"])
+def test_what_stands_behind_the_last_token_is_read_with_it(name):
+    """Rows with different numbers of tokens behind, none among them; an edit acts at the prompt's last token alone."""
+    entry = ZOO[name]
+    base = entry.build(torch.float32, entry.attn[0])
+    found = last_tokens(base, Letters())
+    prompts, behind = found.encode(["hello there", "a", "hi"]), [(5, 9, 7), (), (8,)]
+    begun = found.begin(prompts)
+    acted = []
+
+    def edit(layer, o):
+        acted.append(tuple(o.shape))
+        return 0.5 * o + 1
+
+    with torch.no_grad():
+        got = found.run(begun, [2, 0, 1], None, [behind[2], behind[0], behind[1]])
+        edited = found.run(begun, [0, 1], edit, [behind[0], behind[1]])
+        last = found.run(begun, [0, 1], edit)
+        for row, i in enumerate([2, 0, 1]):
+            whole = base(torch.tensor([prompts[i] + behind[i]])).logits[0, len(prompts[i]) - 1 :]
+            torch.testing.assert_close(got[row, : len(whole)], whole, rtol=0, atol=5e-5)
+    assert got.shape[:2] == (3, 4) and len({shape[0] for shape in acted}) == 1
+    torch.testing.assert_close(edited[:, 0], last, rtol=0, atol=5e-5)
+    assert (edited[0, 1:] - got[1, 1:]).abs().max() > 1e-4  # later tokens see the change in keys and values
 
 
 def test_answers_are_what_generate_gives(loaded, model):
@@ -151,6 +177,28 @@ def test_a_step_is_adam_on_the_recipe_s_own_gradient(loaded, model, vectors):
     for a, b in zip(learned.alpha, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
     assert learned.valid[learned.step] == min(learned.valid)
+
+
+def test_the_whole_answer_and_the_end_of_its_line_can_be_learned(loaded, model, vectors):
+    """The loss is minus the log-probability of all of it, behind the prompt in one piece."""
+    tokenizer = loaded[1]
+    pairs = [Pair("the film", "good"), Pair("the country", "known good bad"), Pair("nobody", "laughed what")]
+    settings = Settings(steps=6, every=3, validation=3, lr=0.5, loss="answer")
+    with torch.no_grad():
+        asked = model.begin(model.encode([STYLE.prompt(p.question) for p in pairs]))
+        start = injection([torch.full((4,), 0.5)] * 3, vectors)
+        wanted = []
+        for row, pair in enumerate(pairs):
+            prompt = STYLE.prompt(pair.question)
+            ids = tokenizer(f"{prompt}{STYLE.said(pair.answer)}\n")["input_ids"][len(tokenizer(prompt)["input_ids"]) :]
+            assert ids[-1] in model.ends and not set(ids[:-1]) & model.ends
+            logp = model.run(asked, [row], start, [ids[:-1]])[0].log_softmax(-1)
+            wanted.append(-float(logp.gather(-1, torch.tensor(ids)[:, None]).sum()))
+    found = learn(model, [Lesson(vectors, pairs, pairs)], STYLE, settings)[0]
+    assert found.valid[0] == pytest.approx(sum(wanted) / 3, abs=1e-3)
+    assert min(found.valid) < found.valid[0]
+    with pytest.raises(HeadpatchError, match="choose first or answer"):
+        Settings(loss="last")
 
 
 def test_it_learns_and_keeps_the_best_state(model, vectors):

@@ -30,6 +30,8 @@ __all__ = ["HuggingFaceLastTokens"]
 
 TOKENS = {"cuda": 1 << 15, "cpu": 1 << 11}
 """Padded tokens of one batch of beginnings."""
+WIDER = 4
+"""What a GPU runs at once, in rows of a CPU's batch."""
 
 
 class HuggingFaceLastTokens:
@@ -40,6 +42,7 @@ class HuggingFaceLastTokens:
         self.root, self.tokenizer = root, tokenizer
         self.layout = find_layout(root)
         self.device = root.get_input_embeddings().weight.device
+        self.wider = 1 if self.device.type == "cpu" else WIDER
         accepted = inspect.signature(inspect.unwrap(type(root).forward)).parameters
         if missing := {"attention_mask", "position_ids", "past_key_values"} - accepted.keys():
             raise UnsupportedModelError(f"{type(root).__name__} takes no {', '.join(sorted(missing))}")
@@ -122,19 +125,16 @@ class HuggingFaceLastTokens:
             rows, order = order[-size:], order[:-size]
             real, keys, values = self._beginning([prompts[i][shared:-1] for i in rows], start, shared)
             pad = width - real.shape[1]
-            pads = [nn.functional.pad(x, (0, 0, pad, 0)) for x in (*keys, *values)]
+            wide = [[nn.functional.pad(x, (0, 0, pad, 0)) for x in side] for side in (keys, values)]
             at = torch.tensor(rows)
             kept = torch.cat([at[:, None], nn.functional.pad(real, (pad, 0)).long()], 1)
-            found.append((kept, pads[: len(keys)], pads[len(keys) :]))
+            found.append((kept, wide[0], wide[1]))
         at = torch.cat([f[0][:, 0] for f in found]).argsort()
         real = torch.cat([f[0][:, 1:] for f in found])[at].bool()
         place = at.to(self.device)
-        layers = range(len(self.modules))
-        return Beginnings(
-            [torch.cat([f[1][i] for f in found]).index_select(0, place) for i in layers],
-            [torch.cat([f[2][i] for f in found]).index_select(0, place) for i in layers],
-            real.to(self.device), torch.tensor([p[-1] for p in prompts], device=self.device),
-        )  # fmt: skip
+        keys, values = _joined([f[1] for f in found], place), _joined([f[2] for f in found], place)
+        last = torch.tensor([p[-1] for p in prompts], device=self.device)
+        return Beginnings(keys, values, real.to(self.device), last)
 
     def _start(self, ids: Sequence[int]) -> Any:
         """Cache of the shared tokens; None where there are none."""
@@ -179,9 +179,13 @@ class HuggingFaceLastTokens:
 
     # --- last tokens ------------------------------------------------------------------------------------------------------
 
-    def run(self, beginnings: Beginnings, rows: Sequence[int], edit: Edit | None = None) -> Tensor:
-        """Logits [n, vocabulary] behind the last token."""
-        return self._last(beginnings, rows, edit)[0]
+    def run(
+        self, beginnings: Beginnings, rows: Sequence[int], edit: Edit | None = None,
+        behind: Sequence[Sequence[int]] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits [n, vocabulary] behind the last token, or [n, 1 + m, vocabulary] behind it and each that follows."""
+        logits = self._last(beginnings, rows, edit, behind or ())[0]
+        return logits[:, -1] if behind is None else logits
 
     @torch.no_grad()
     def answer(
@@ -189,6 +193,7 @@ class HuggingFaceLastTokens:
     ) -> list[list[int]]:  # fmt: skip
         """Greedy continuations."""
         logits, cache, mask, positions = self._last(beginnings, rows, edit)
+        logits = logits[:, -1]
         stop = torch.tensor(sorted(ends), dtype=torch.long)
         made: list[Tensor] = []
         done = torch.zeros(len(rows), dtype=torch.bool)
@@ -207,28 +212,34 @@ class HuggingFaceLastTokens:
         return [row[: next((i for i, t in enumerate(row) if t in ends), len(row))] for row in texts]
 
     def _last(
-        self, beginnings: Beginnings, rows: Sequence[int], edit: Edit | None
+        self, beginnings: Beginnings, rows: Sequence[int], edit: Edit | None, behind: Sequence[Sequence[int]] = ()
     ) -> tuple[Tensor, Any, Tensor, Tensor]:
-        """(logits, cache, mask, positions) of one forward over the last token."""
+        """(logits, cache, mask, positions) of one forward over the last token, and what stands behind it."""
         self._refuse_patched()
         at = torch.tensor(list(rows), device=self.device)
         real = beginnings.real.index_select(0, at)
-        used = real.any(0).nonzero()
-        first = int(used[0]) if len(used) else real.shape[1]  # columns that none of these rows needs
+        # Columns that none of these rows needs are left out.
+        first = min((beginnings.starts[i] for i in rows), default=real.shape[1])
+        more = max(map(len, behind), default=0)
         cache = DynamicCache()
         for i, (keys, values) in enumerate(zip(beginnings.keys, beginnings.values, strict=True)):
             cache.update(keys[:, :, first:].index_select(0, at), values[:, :, first:].index_select(0, at), i)
-        mask = nn.functional.pad(real[:, first:].long(), (0, 1), value=1)
-        positions = real.sum(-1, keepdim=True)
-        with self._edited(edit):
+        # Shorter rows are filled up on the right, where nothing that counts sees it.
+        mask = nn.functional.pad(real[:, first:].long(), (0, 1 + more), value=1)
+        positions = real.sum(-1, keepdim=True) + torch.arange(1 + more, device=self.device)
+        ids = beginnings.last.index_select(0, at)[:, None]
+        if more:
+            filled = [[*row, *[0] * (more - len(row))] for row in behind]
+            ids = torch.cat([ids, torch.tensor(filled, device=self.device)], 1)
+        with self._edited(edit, len(ids)):
             logits = self.root(
-                input_ids=beginnings.last.index_select(0, at)[:, None], attention_mask=mask, position_ids=positions,
-                past_key_values=cache, use_cache=True, **self.keep,
-            ).logits[:, -1]  # fmt: skip
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                **dict.fromkeys(self.keep, 1 + more),
+            ).logits  # fmt: skip
         return logits, cache, mask, positions
 
     @contextlib.contextmanager
-    def _edited(self, edit: Edit | None) -> Iterator[None]:
+    def _edited(self, edit: Edit | None, rows: int) -> Iterator[None]:
         hooks = []
         heads = self.shape.parts[self.shape.main].num_heads
         for layer, module in self.modules.items() if edit is not None else ():
@@ -236,8 +247,10 @@ class HuggingFaceLastTokens:
             def before(module: nn.Module, args: tuple[Any, ...], layer: int = layer) -> tuple[Any, ...]:
                 assert edit is not None
                 given: Tensor = args[0]
-                new = edit(layer, given.reshape(given.shape[0], heads[layer], -1))
-                return (new.to(given.dtype).view(given.shape), *args[1:])
+                wide = given.reshape(rows, -1, given.shape[-1])  # the prompt's last token, and what stands behind it
+                new = edit(layer, wide[:, 0].reshape(rows, heads[layer], -1)).to(given.dtype).reshape(rows, 1, -1)
+                new = new if wide.shape[1] == 1 else torch.cat([new, wide[:, 1:]], 1)
+                return (new.view(given.shape), *args[1:])
 
             hooks.append(module.register_forward_pre_hook(before))
         try:
@@ -251,3 +264,13 @@ class HuggingFaceLastTokens:
             raise HeadpatchError(
                 "a recipe is on this model; remove its handle before anything is learned on the model"
             )
+
+
+def _joined(parts: list[list[Tensor]], place: Tensor) -> list[Tensor]:
+    """Per layer, all batches [N, K, w, d] in the order `place`; a layer's batches are let go of as soon as they are joined."""
+    made = []
+    for i in range(len(parts[0])):
+        made.append(torch.cat([part[i] for part in parts]).index_select(0, place))
+        for part in parts:
+            part[i] = place
+    return made

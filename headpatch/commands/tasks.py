@@ -60,6 +60,9 @@ def register(group: typer.Typer) -> None:
         every: Annotated[int, typer.Option(help="Steps from one look at the validation rows to the next.")] = 50,
         validation: Validation = 100,
         threshold: Annotated[float, typer.Option(help="Heads that take less of their vector are left out.")] = 0.01,
+        loss: Annotated[
+            str, typer.Option(help="first: of the answer's first token, as published; answer: of all of it and the line's end.")
+        ] = "first",
         case: Case = False, seed: Seed = 0, name: Name = None, description: Description = None, model_name: ModelName = None,
         restart: Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run has learned.")] = False,
         device: Device = "auto", dtype: Dtype = "float32",
@@ -74,7 +77,7 @@ def register(group: typer.Typer) -> None:
         from headpatch.tune.soft import Settings
         from headpatch.tune.tasks import learn_injection
 
-        settings = Settings(prompts, shots, steps, batch, lr, every, validation, seed)
+        settings = Settings(prompts, shots, steps, batch, lr, every, validation, seed, loss)
         parts = _parts(train, test, question_field, answer_field, seed)
         work = output.with_name(f"{output.name}.work")
         if restart:

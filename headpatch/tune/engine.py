@@ -7,6 +7,7 @@ is done at the last token of a prompt has ``last_tokens(model, tokenizer)``, whi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -152,6 +153,12 @@ class Beginnings:
         """[N] tokens of each prompt, the last included."""
         return self.real.sum(-1) + 1
 
+    @functools.cached_property
+    def starts(self) -> list[int]:
+        """[N] the first column that is real in each row, w where none is; kept, because asking a GPU waits for all it has to do."""
+        rows: list[list[bool]] = self.real.tolist()
+        return [row.index(True) if True in row else len(row) for row in rows]
+
 
 class LastTokens(Protocol):
     """A causal language model whose prompts' last token can be run again and again, with its head outputs changed.
@@ -159,6 +166,9 @@ class LastTokens(Protocol):
     What comes before the last token does not depend on what is done there, so it is computed once. That makes an edit of the last
     position as cheap as one token, forwards and backwards.
     """
+
+    wider: int
+    """How many times as many rows are run at once as on a CPU; more fill a GPU, and take more of its memory."""
 
     @property
     def shape(self) -> ModelShape:
@@ -180,8 +190,15 @@ class LastTokens(Protocol):
     def begin(self, prompts: Sequence[Sequence[int]], shared: int = 0) -> Beginnings:
         """Compute prompts up to their last token; the first `shared` tokens are the same in all, and computed once."""
 
-    def run(self, beginnings: Beginnings, rows: Sequence[int], edit: Edit | None = None) -> Tensor:
-        """Logits [n, vocabulary] behind the last token of some of the prompts (a row may come several times)."""
+    def run(
+        self, beginnings: Beginnings, rows: Sequence[int], edit: Edit | None = None,
+        behind: Sequence[Sequence[int]] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits [n, vocabulary] behind the last token of some of the prompts (a row may come several times).
+
+        With `behind`, tokens that follow each row's last one, of any number: [n, 1 + the most of them, vocabulary], what stands
+        behind a row's own tokens being of no meaning. The edit acts at the prompt's last token all the same.
+        """
 
     def answer(
         self, beginnings: Beginnings, rows: Sequence[int], edit: Edit | None, tokens: int, ends: Collection[int]

@@ -29,7 +29,7 @@ from headpatch.tune.pairs import Format, Pair, drawn, first_tokens
 __all__ = ["HeadWriter", "addition", "best_layer", "function_vector", "mediation"]
 
 ROWS = 256
-"""Heads that are tried in one batch."""
+"""Heads, or layers' rows, that are tried in one batch; on a GPU more are."""
 
 
 def mediation(
@@ -80,8 +80,9 @@ def _effects(
     found = []
     with torch.no_grad():
         before = model.run(prompt, [0]).double().softmax(-1)[0, first]
-        for start in range(0, len(heads), ROWS):
-            some = heads[start : start + ROWS]
+        size = ROWS * model.wider
+        for start in range(0, len(heads), size):
+            some = heads[start : start + size]
             after = model.run(prompt, [0] * len(some), _one_each(some, vectors)).double().softmax(-1)[:, first]
             found.append((after - before).cpu())
     return torch.cat(found)
@@ -173,7 +174,7 @@ def best_layer(
     writers = {n: HeadWriter(model.writer(n)) for n in every} if writers is None else writers
     found: dict[int, float] = {}
     layers, n = list(writers), len(rows)
-    together = max(1, ROWS // n)
+    together = max(1, ROWS * model.wider // n)
     for start in range(0, len(layers), together):
         # Several layers in one batch, a block of rows each: a run of few rows costs little less than one of many.
         values = {layer: writers[layer](vector)[0] for layer in layers[start : start + together]}

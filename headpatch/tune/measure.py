@@ -87,8 +87,9 @@ def questions(model: LastTokens, pairs: Sequence[Pair], style: Format) -> Questi
 def answers(model: LastTokens, prompts: Beginnings, edit: Edit | None, tokens: int) -> list[str]:
     """Greedy answers of one line to prompts, with head outputs at their last tokens edited."""
     texts = []
-    for start in range(0, len(prompts), ROWS):
-        rows = range(start, min(len(prompts), start + ROWS))
+    size = ROWS * model.wider
+    for start in range(0, len(prompts), size):
+        rows = range(start, min(len(prompts), start + size))
         texts += [model.decode(found) for found in model.answer(prompts, rows, edit, tokens, model.ends)]
     return texts
 
@@ -110,7 +111,9 @@ def few_shot_answers(
         shown = rng.sample(list(train), shots)
         ids = model.encode([style.prompt(asked.pairs[i].question, shown) for i in rows])
         lengths += [len(own) for own in ids]
-        if len(rows) == 1 and groups and len(groups[-1][0]) < LONG_ROWS:  # nothing to share: batches of whole prompts
+        if (
+            len(rows) == 1 and groups and len(groups[-1][0]) < LONG_ROWS * model.wider
+        ):  # nothing to share: batches of whole prompts
             groups[-1][0].extend(rows)
             groups[-1][1].extend(ids)
         else:

@@ -28,6 +28,7 @@ __all__ = [
     "Format",
     "Pair",
     "Split",
+    "answer_tokens",
     "drawn",
     "exact_match",
     "first_tokens",
@@ -153,16 +154,30 @@ def first_tokens(
     HeadpatchError
         An answer merges with the end of its prompt into other tokens.
     """
-    asked, joint = model.encode(prompts), model.encode(prompts, answers)
-    firsts = []
+    asked, found = answer_tokens(model, prompts, answers)
+    return asked, [tokens[0] for tokens in found]
+
+
+def answer_tokens(
+    model: LastTokens, prompts: Sequence[Prompt], answers: Sequence[str], line: bool = False
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:  # fmt: skip
+    """Tokens of each prompt, and all that its answer adds; with `line`, the end of the answer's line among them.
+
+    Raises
+    ------
+    HeadpatchError
+        As :func:`first_tokens`.
+    """
+    asked, joint = model.encode(prompts), model.encode(prompts, [f"{a}\n" for a in answers] if line else answers)
+    found = []
     for ids, whole, answer in zip(asked, joint, answers, strict=True):
         if whole[: len(ids)] != ids or len(whole) == len(ids):
             raise HeadpatchError(
                 f"the answer {short(answer)} merges with the end of its prompt into other tokens, so that its first token cannot be "
                 "told with this tokenizer; choose another format"
             )
-        firsts.append(whole[len(ids)])
-    return asked, firsts
+        found.append(whole[len(ids) :])
+    return asked, found
 
 
 def said(text: str) -> str:

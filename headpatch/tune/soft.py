@@ -12,6 +12,8 @@ Source: arXiv 2507.20906, github.com/SNU-DRL/Soft_Injection (commit 750f28c). Wh
 
 * The state with the lowest validation loss is kept, the start included. In the code that choice is inert, and the last state wins.
 * Everything is drawn from a seed, and an interrupted run goes on from its last validation.
+* With ``loss="answer"`` the loss is that of the whole answer and the end of its line, each token behind the right ones. With the
+  published loss nothing is learned about where an answer ends.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,13 +32,20 @@ from torch import Tensor
 from headpatch.errors import HeadpatchError
 from headpatch.tune.engine import Beginnings, Edit, LastTokens
 from headpatch.tune.journal import Journal
-from headpatch.tune.pairs import Format, Pair, drawn, first_tokens
+from headpatch.tune.pairs import Format, Pair, answer_tokens, drawn
 from headpatch.tune.two_stage import Step
 
-__all__ = ["Learned", "Lesson", "Settings", "embed", "injection", "learn"]
+__all__ = ["LOSSES", "Learned", "Lesson", "Settings", "embed", "injection", "learn"]
 
 ROWS, LONG_ROWS = 128, 16
-"""Rows that are run at once where nothing is learned: zero-shot prompts, and few-shot prompts, whose keys and values are many."""
+"""Rows that are run at once where nothing is learned: zero-shot prompts, and few-shot prompts, whose keys and values are many. On a
+GPU more are (:attr:`headpatch.tune.engine.LastTokens.wider`)."""
+LOSSES = ("first", "answer")
+"""What is learned from: an answer's first token, as published, or all of its tokens and the end of its line."""
+
+
+NOTHING = -100
+"""A target that does not count."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,8 @@ class Settings:
         Validation pairs, at most, and after how many steps they are looked at.
     seed
         Of the prompts and of the order of training pairs.
+    loss
+        One of :data:`LOSSES`.
     """
 
     prompts: int = 50
@@ -63,11 +74,14 @@ class Settings:
     every: int = 50
     validation: int = 100
     seed: int = 0
+    loss: str = "first"
 
     def __post_init__(self) -> None:
         wrong = [n for n in ("prompts", "shots", "steps", "batch", "every", "validation") if getattr(self, n) < 1]
         if wrong or not self.lr > 0:
             raise HeadpatchError(f"{(wrong or ['lr'])[0]} must be above 0")
+        if self.loss not in LOSSES:
+            raise HeadpatchError(f"loss is {self.loss!r}; choose {' or '.join(LOSSES)}")
 
 
 @dataclass(frozen=True)
@@ -129,8 +143,9 @@ def embed(
         return o
 
     with torch.no_grad():
-        for start in range(0, len(encoded), LONG_ROWS):
-            beginnings = model.begin(encoded[start : start + LONG_ROWS])
+        size = LONG_ROWS * model.wider
+        for start in range(0, len(encoded), size):
+            beginnings = model.begin(encoded[start : start + size])
             model.run(beginnings, range(len(beginnings)), note)
     return [found / len(encoded) for found in total]
 
@@ -209,6 +224,11 @@ def learn(
     return run.results()
 
 
+def _line(tokens: tuple[int, ...], ends: Collection[int]) -> tuple[int, ...]:
+    """Up to and with the first token that ends a line."""
+    return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))]
+
+
 class _Run:
     """The state of :func:`learn`: logits `z` per layer [R, H], the best of them so far, and losses [R] of each interval."""
 
@@ -236,11 +256,12 @@ class _Run:
                 self.places.setdefault(lesson.train[i], len(self.places))
             for pair in lesson.valid[: settings.validation]:
                 self.places.setdefault(pair, len(self.places))
-        asked, firsts = first_tokens(
-            model, [style.prompt(p.question) for p in self.places], [style.said(p.answer) for p in self.places]
+        whole = settings.loss == "answer"
+        asked, said = answer_tokens(
+            model, [style.prompt(p.question) for p in self.places], [style.said(p.answer) for p in self.places], whole
         )
         self.ids, self.device = asked, device
-        self.targets = torch.tensor(firsts, device=device)
+        self.targets = [_line(tokens, model.ends) if whole else tokens[:1] for tokens in said]
         self._beginnings: Beginnings | None = None
 
     @property
@@ -282,9 +303,10 @@ class _Run:
         losses = []
         with torch.no_grad():
             alpha = [z.sigmoid() for z in self.z]
-            for start in range(0, len(rows), ROWS):
-                edit = injection(alpha, self.vectors, which[start : start + ROWS])
-                losses.append(self._losses(rows[start : start + ROWS], edit).cpu())
+            size = max(1, ROWS * self.model.wider // max(len(self.targets[i]) for i in rows))
+            for start in range(0, len(rows), size):
+                edit = injection(alpha, self.vectors, which[start : start + size])
+                losses.append(self._losses(rows[start : start + size], edit).cpu())
         total = torch.zeros(len(self.lessons)).index_add(0, which.cpu(), torch.cat(losses))
         mean = total / torch.bincount(which.cpu(), minlength=len(self.lessons))
         better = mean < self.best_loss
@@ -295,10 +317,15 @@ class _Run:
         self.valid.append(mean)
 
     def _losses(self, rows: Sequence[int], edit: Edit) -> Tensor:
-        """[n] minus log-probability of the first answer token, in nats."""
-        logits = self.model.run(self.beginnings, rows, edit).float()
-        wanted = self.targets[torch.tensor(rows, device=self.device)]
-        return torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+        """[n] minus log-probability of what is to be said, in nats: the sum over its tokens."""
+        said = [self.targets[i] for i in rows]
+        longest = max(map(len, said))
+        logits = self.model.run(self.beginnings, rows, edit, [tokens[:-1] for tokens in said]).float()
+        wanted = torch.tensor([[*t, *[NOTHING] * (longest - len(t))] for t in said], device=self.device)
+        losses = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), wanted, ignore_index=NOTHING, reduction="none"
+        )
+        return losses.sum(1)
 
     def results(self) -> list[Learned]:
         """The best states."""
@@ -317,7 +344,7 @@ class _Run:
         digest = hashlib.sha256()
         for layer in self.vectors:
             digest.update(layer.cpu().float().numpy().tobytes())
-        digest.update(repr((self.order.tolist(), self.ids, self.targets.tolist())).encode())
+        digest.update(repr((self.order.tolist(), self.ids, self.targets)).encode())
         return json.dumps([asdict(self.settings), self.model.about(), digest.hexdigest()])
 
     def state(self) -> dict[str, Tensor]:
