@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from headpatch.adapters.huggingface.plan import LayerPlan
 
 __all__ = [
-    "ClassTokenRows", "ClassTokenWatch", "encoded_before", "image_columns", "image_token_of", "salient_columns", "tower_layers",
-    "tower_problems",
+    "ClassTokenRows", "ClassTokenWatch", "encoded_before", "image_columns", "image_queries", "image_token_of", "salient_columns",
+    "tower_layers", "tower_problems",
 ]  # fmt: skip
 
 SALIENT = "vision_salient"
@@ -39,7 +39,7 @@ def image_token_of(config: Any) -> int | None:
 
 
 def image_columns(server: OperandServer) -> Tensor:
-    """[b, columns so far] bool: columns of image placeholder tokens."""
+    """[b, columns so far, or fewer] bool: columns of image placeholder tokens; those that are not named are none."""
     rows, name = server.known_rows(), server.state.name
     token = rows.known.get("image_token_id")
     if token is None:
@@ -48,18 +48,34 @@ def image_columns(server: OperandServer) -> Tensor:
     if rows.images is None:
         if ids is None:
             raise EngineError(f"layer {name}: operand 'image_tokens' needs input_ids in the call")
-        kept, here, past = server.kept(), ids == token, int(rows.past)
+        kept, here = server.kept(), ids == token
         before = kept.get(("image_tokens",))
-        if past and not rows.known.get("pictures"):  # a placeholder that was generated is no image
-            here = torch.zeros_like(here)
+        # A compiler must not ask the device: where state is kept, there were calls before this one.
+        past = None if torch.compiler.is_compiling() and isinstance(rows.past, Tensor) else int(rows.past)
+        if before is not None and past != 0 and not rows.known.get("pictures"):
+            # What is generated is no image, and columns that are not named are none: nothing is put together in each step.
+            rows.images, rows.image_queries = before[:, :past], torch.zeros_like(here)
+            return rows.images
+        past = int(rows.past) if past is None else past
         if before is not None and past:
-            here = torch.cat([nn.functional.pad(before, (0, past - before.shape[1])), here], 1)
+            columns = torch.cat([nn.functional.pad(before, (0, past - before.shape[1])), here], 1)
         elif past:
             raise EngineError(
                 f"layer {name}: operand 'image_tokens': the prompt came in before this call; start with an empty cache"
             )
-        rows.images = kept["image_tokens",] = here
+        else:
+            columns = here
+        rows.images, rows.image_queries = columns, here
+        kept["image_tokens",] = columns
     return rows.images
+
+
+def image_queries(server: OperandServer) -> Tensor:
+    """[b, queries of this call] bool: which of them are image tokens."""
+    image_columns(server)
+    found = server.known_rows().image_queries
+    assert found is not None
+    return found
 
 
 def salient_columns(server: OperandServer, segment: Segment) -> Tensor:

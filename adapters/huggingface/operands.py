@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from headpatch.adapters.huggingface.discover import output_projection
-from headpatch.adapters.huggingface.images import image_columns, salient_columns
+from headpatch.adapters.huggingface.images import image_columns, image_queries, salient_columns
 from headpatch.adapters.huggingface.plan import rows_key
 from headpatch.adapters.huggingface.scores import explicit
 from headpatch.adapters.huggingface.statistics import CallStatistics
@@ -139,8 +139,7 @@ class OperandServer(CallStatistics):
         if name == "without_image":
             return self._companions()
         if name == "image_queries":
-            n_q = self.call.q.shape[2]
-            return self._of_batch(image_columns(self)[:, -n_q:])[:, start:stop]
+            return self._of_batch(image_queries(self))[:, start:stop]
         if name in ("first_token", "spans", "beside_spans", "image_tokens", "column_sinks", "residual_sinks"):
             return self.segment_masks([Segment(name)])(start, stop)[0]
         raise EngineError(f"layer {self.state.name}: operand {name!r} has no single value in this call")
@@ -201,13 +200,14 @@ class OperandServer(CallStatistics):
         place = (self.state.name, *key) if (whole_prompt if of_layer is None else of_layer) else key
         if place not in kept:
             name = key[0] if key[0] in SUPPLIES else key[-1]
-            started = rows.past if isinstance(rows.past, int) else int(rows.past)
-            if started > 0:
+            if rows.begins_at() > 0:
                 raise EngineError(
                     f"layer {self.state.name}: operand {name!r} is derived from the prompt, which came in before this call; "
                     "start with an empty cache"
                 )
-            if whole_prompt and bool((self.prompt_len() > (rows.length or self.call.q.shape[2])).any()):
+            if whole_prompt and rows.whole is None:  # once in a call: every layer would wait for the device
+                rows.whole = not bool((self.prompt_len() > (rows.length or self.call.q.shape[2])).any())
+            if whole_prompt and not rows.whole:
                 raise EngineError(
                     f"layer {self.state.name}: operand {name!r} needs the whole prompt in one call, and it came in chunks; "
                     "turn chunked prefill off"
@@ -340,7 +340,7 @@ class OperandServer(CallStatistics):
             raise EngineError(
                 f"layer {self.state.name}: operand 'spans' is needed and none were given: with handle.inputs(spans=[...]): ..."
             )
-        b, inside = self.call.q.shape[0], spans.inside
+        b, inside = self.call.q.shape[0], spans.on(self.call.q.device)
         if not len(inside) or b % len(inside):
             raise EngineError(f"inputs(spans=...) has {len(inside)} entries, the batch has {b} rows: give one per row")
         if self.state.part != "cross":
@@ -357,7 +357,7 @@ class OperandServer(CallStatistics):
         prompt = columns >= 0
         if self.state.part != "cross":  # whose keys are all prompt
             prompt = prompt & (columns < self.prompt_len()[:, None])
-        has_one = self._of_batch(self.known_rows().known["spans"].inside.any(-1).to(columns.device))
+        has_one = self._of_batch(self.known_rows().known["spans"].on(columns.device).any(-1))
         return (prompt & has_one[:, None])[:, None, None].to(marked.device) & ~marked
 
     def _key_positions(self) -> Tensor:

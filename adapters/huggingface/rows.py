@@ -48,6 +48,9 @@ class Rows:
         The same for the keys of cross-attention.
     real
         [b, n] bool, real (unpadded) columns, where a 2-D mask says.
+    started, whole, prompt_end
+        What is asked of the device once in a call: `past` as a number, whether the call holds every row's whole prompt, and the first
+        column behind a row's prompt, the least of all rows.
     past, length
         Columns before this call (an int, or a tensor for static caches), and columns of this call.
     offsets
@@ -65,7 +68,9 @@ class Rows:
     derived
         State derived from the prompt in a call that was given no cache; it goes into the cache that the call makes.
     images
-        [b, columns so far] bool, image tokens of this call and those before; for layers whose patches asked for it.
+        [b, columns so far, or fewer] bool, image tokens of this call and those before; for layers whose patches asked for it.
+    image_queries
+        [b, q] bool, image tokens of this call.
     ranges
         Masks that this call's layers got, with their :func:`causal_ranges`, by address (which a kept mask cannot lose).
     wants_weights
@@ -81,6 +86,9 @@ class Rows:
     real: Tensor | None = None
     past: Any = 0
     length: int = 0
+    started: int | None = None
+    whole: bool | None = None
+    prompt_end: int | None = None
     offsets: dict[int, int] = field(default_factory=dict)
     position_ids: Tensor | None = None
     input_ids: Tensor | None = None
@@ -89,11 +97,18 @@ class Rows:
     known: dict[str, Any] = field(default_factory=dict)
     derived: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     images: Tensor | None = None
+    image_queries: Tensor | None = None
     ranges: dict[Any, tuple[Tensor, list[tuple[int, int]] | None]] = field(default_factory=dict)
     wants_weights: bool = False
     mask: Any = None
     kept: Any = None
     chunk: Any = None
+
+    def begins_at(self) -> int:
+        """`past` as a number. Waits for the device once in a call where a static cache counts there."""
+        if self.started is None:
+            self.started = int(self.past)
+        return self.started
 
     def behind(self, until: int) -> bool:
         """Whether all positions of this call are certainly behind the one that is `until` from the end of every row's prompt.

@@ -32,6 +32,14 @@ class Spans:
                 inside[row, start:stop] = True
         return cls(ranges, inside)
 
+    def on(self, device: torch.device) -> Tensor:
+        """`inside` on a device, moved there once: every layer of every step asks, and CUDA graphs stand back where a CPU tensor is."""
+        if torch.compiler.is_compiling():
+            return self.inside.to(device)
+        if self.inside.device != device:
+            self.inside = self.inside.to(device)
+        return self.inside
+
 
 @dataclass
 class ChosenRows:
