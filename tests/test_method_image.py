@@ -16,6 +16,8 @@ from zoo import IMAGE, ZOO
 
 import headpatch
 from headpatch import RecipeError, UnsupportedModelError
+from headpatch.adapters.huggingface import scores as open_scores
+from headpatch.scores import attention_of
 
 __all__ = ["one_thread", "silent"]
 pytestmark = pytest.mark.filterwarnings("error")
@@ -182,3 +184,20 @@ def test_what_is_refused():
             headpatch.apply(ZOO["llama"].build(), recipe_of(method, strengths))
     with pytest.raises(RecipeError, match="alpha"):
         headpatch.Recipe.from_dict(recipe_of("pai", {0: -0.5}))
+
+
+@pytest.mark.parametrize(("padding", "rows"), [(None, 1), ("left", 1), ("right", 9)])
+def test_prompt_rows_that_pai_leaves_alone_are_the_kernel_s(padding, rows, monkeypatch):
+    """Scores lie open for the queries from the first end of a prompt on, and no others: lengths differ by eight."""
+    seen: list[int] = []
+
+    def watched(scores: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.append(scores.shape[2])
+        return attention_of(scores, *args)
+
+    monkeypatch.setattr(open_scores, "attention_of", watched)
+    inputs = inputs_of("llava", padding, continuation=0)
+    model = ZOO["llava"].build(torch.float64)
+    headpatch.apply(model, recipe_of("pai", AMOUNTS))
+    logits(model, {name: value for name, value in inputs.kwargs.items() if name != "position_ids"})
+    assert seen == [rows] * model.config.text_config.num_hidden_layers

@@ -255,8 +255,10 @@ def _edited(call: mass.Call, plan: LayerPlan, server: OperandServer | None, fuse
     assert server is not None
     edits = plan.family("mass", "scores")
     masks = server.segment_masks(plan.segments)
-    form = scores.explicit if any(e.method.family == "scores" for e in edits) else mass.by_cells
-    return form(call, edits, masks, plan.owned, server.operands_of), False
+    if any(e.method.family == "scores" for e in edits):
+        since = scores.first_edited(server, edits)
+        return scores.explicit(call, edits, masks, plan.owned, server.operands_of, since=since), False
+    return mass.by_cells(call, edits, masks, plan.owned, server.operands_of), False
 
 
 def base_attention(

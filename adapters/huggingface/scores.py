@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from headpatch.adapters.huggingface.lse import repeat_kv, score_dtype
-from headpatch.adapters.huggingface.mass import Call, OperandsAt, Owned, Segments, blocks_of
+from headpatch.adapters.huggingface.mass import Call, OperandsAt, Owned, Segments, blocks_of, unedited
 from headpatch.adapters.huggingface.plan import Edit
+from headpatch.methods.base import ScoresMethod
 from headpatch.scores import attention_of, edit_scores
 
-__all__ = ["explicit"]
+if TYPE_CHECKING:
+    from headpatch.adapters.huggingface.operands import OperandServer
+
+__all__ = ["explicit", "first_edited"]
 
 
 def explicit(
     call: Call, edits: tuple[Edit, ...], segments: Segments, owned: Owned, operands: OperandsAt,
-    weights_of: tuple[int, int] | None = None,
+    weights_of: tuple[int, int] | None = None, since: int = 0,
 ) -> Tensor:  # fmt: skip
     """Attention with scores edits (and any mass edits beside them), a block of queries' scores at a time.
 
-    With `weights_of` (start, stop) nothing is attended to: the attention weights of these queries alone, [b, H, stop - start, n].
+    No edit acts on queries before `since`: the ordinary kernel attends for those. With `weights_of` (start, stop) nothing is attended
+    to: the attention weights of these queries alone, [b, H, stop - start, n].
     """
     step = 256
+    if since >= call.q.shape[2]:
+        return unedited(call).transpose(1, 2).contiguous()
     n_q, n_k, dtype = call.q.shape[2], call.seen.keys, score_dtype(call.q)
     k = repeat_kv(call.k[:, :, :n_k], call.groups).to(dtype)
     v = repeat_kv(call.v[:, :, :n_k], call.groups).to(dtype)
-    blocks = []
-    for start, stop in [weights_of] if weights_of else blocks_of(n_q, step):
+    blocks = [unedited(call)[:, :, :since]] if since else []
+    ranges = [(since + i, since + j) for i, j in blocks_of(n_q - since, step)]
+    for start, stop in [weights_of] if weights_of else ranges:
         scores = torch.matmul(call.q[:, :, start:stop].to(dtype), k.transpose(2, 3)) * call.scale
         if call.softcap is not None:
             scores = call.softcap * torch.tanh(scores / call.softcap)
@@ -44,3 +53,25 @@ def explicit(
             return p
         blocks.append(torch.matmul(p, v).to(call.q.dtype))
     return torch.cat(blocks, 2).transpose(1, 2).contiguous()
+
+
+def first_edited(server: OperandServer, edits: tuple[Edit, ...]) -> int:
+    """The first query of a call that any of these edits changes, in any row, as far as their methods' `span` says.
+
+    Waits for the device once in a prompt's call, and never in a step.
+    """
+    rows, n_q = server.known_rows(), server.call.q.shape[2]
+    starts = [e.method.span[0] if isinstance(e.method, ScoresMethod) else None for e in edits]
+    if (
+        n_q == 1
+        or None in starts
+        or torch.compiler.is_compiling()
+        or (rows.first is not None and rows.first.ndim != 1)
+    ):
+        return 0
+    if rows.prompt_end is None:
+        length = server.prompt_len()
+        first = torch.zeros_like(length) if rows.first is None else rows.first.to(length.device)
+        rows.prompt_end = int((first.repeat_interleave(len(length) // len(first), 0) + length).min())
+    start = rows.prompt_end - rows.begins_at() + min(s for s in starts if s is not None)
+    return min(max(start, 0), n_q)

@@ -33,7 +33,7 @@ class Spans:
         return cls(ranges, inside)
 
     def on(self, device: torch.device) -> Tensor:
-        """`inside` on a device, moved there once: every layer of every step asks, and CUDA graphs stand back where a CPU tensor is."""
+        """`inside` on a device, moved there once: every layer of every step asks, and CUDA graphs take no CPU tensor."""
         if torch.compiler.is_compiling():
             return self.inside.to(device)
         if self.inside.device != device:

@@ -243,6 +243,11 @@ class ScoresMethod(Method):
 
     family: ClassVar[str] = "scores"
 
+    @property
+    def span(self) -> tuple[int | None, int | None]:
+        """Positions outside of which :meth:`transform` changes nothing, as in :attr:`OutputMethod.span`; an adapter may know."""
+        return (None, None)
+
     def transform(self, scores: Tensor, strength: Tensor, operands: Operands) -> Tensor:
         """New scores over the keys of one segment; called for each of them, with the scores as they were before.
 

@@ -49,6 +49,10 @@ class PayAttentionToImage(ScoresMethod):
     def scope(self) -> str:
         return "prompt" if self.queries == "last" else "prefix"
 
+    @property
+    def span(self) -> tuple[int | None, int | None]:
+        return (-1, None) if self.queries == "last" else (None, None)
+
     def segments(self) -> tuple[Segment, ...]:
         return (Segment("image_tokens"),)
 

@@ -73,6 +73,10 @@ class Paint(ScoresMethod):
     def scope(self) -> str:
         return "prompt"
 
+    @property
+    def span(self) -> tuple[int | None, int | None]:
+        return (-1, None)
+
     def segments(self) -> tuple[Segment, ...]:
         summary = Segment("vision_salient", (("fence", self.summary_fence), ("layer", self.summary_layer)))
         local = (("layer", self.local_layer), ("share", self.local_share))
