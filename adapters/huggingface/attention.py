@@ -255,7 +255,9 @@ def _edited(call: mass.Call, plan: LayerPlan, server: OperandServer | None, fuse
     assert server is not None
     edits = plan.family("mass", "scores")
     masks = server.segment_masks(plan.segments)
-    if any(e.method.family == "scores" for e in edits):
+    # A compiled step is quickest in the open too: one query's scores are small, keys and values are read once for all cells.
+    step = torch.compiler.is_compiling() and call.q.shape[2] == 1 and call.sinks is None
+    if step or any(e.method.family == "scores" for e in edits):
         since = scores.first_edited(server, edits)
         return scores.explicit(call, edits, masks, plan.owned, server.operands_of, since=since), False
     return mass.by_cells(call, edits, masks, plan.owned, server.operands_of), False

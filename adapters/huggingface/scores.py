@@ -33,12 +33,15 @@ def explicit(
     if since >= call.q.shape[2]:
         return unedited(call).transpose(1, 2).contiguous()
     n_q, n_k, dtype = call.q.shape[2], call.seen.keys, score_dtype(call.q)
-    k = repeat_kv(call.k[:, :, :n_k], call.groups).to(dtype)
-    v = repeat_kv(call.v[:, :, :n_k], call.groups).to(dtype)
+    k, v = call.k[:, :, :n_k].to(dtype), call.v[:, :, :n_k].to(dtype)
+    fused = n_q == 1 and torch.compiler.is_compiling()
+    if not fused:
+        k, v = repeat_kv(k, call.groups), repeat_kv(v, call.groups)
     blocks = [unedited(call)[:, :, :since]] if since else []
     ranges = [(since + i, since + j) for i, j in blocks_of(n_q - since, step)]
     for start, stop in [weights_of] if weights_of else ranges:
-        scores = torch.matmul(call.q[:, :, start:stop].to(dtype), k.transpose(2, 3)) * call.scale
+        q = call.q[:, :, start:stop].to(dtype)
+        scores = (_dot(q, k) if fused else torch.matmul(q, k.transpose(2, 3))) * call.scale
         if call.softcap is not None:
             scores = call.softcap * torch.tanh(scores / call.softcap)
         mask = call.seen.block(start, stop)
@@ -51,8 +54,26 @@ def explicit(
         p = attention_of(edit_scores(scores, acting), call.sinks)
         if weights_of:
             return p
-        blocks.append(torch.matmul(p, v).to(call.q.dtype))
+        blocks.append((_sum(p, v) if fused else torch.matmul(p, v)).to(call.q.dtype))
     return torch.cat(blocks, 2).transpose(1, 2).contiguous()
+
+
+# One query in a compiled call: products and sums are fused with the reading of keys and values, where a matmul in fp32 would first need
+# a copy of both.
+
+
+def _dot(q: Tensor, k: Tensor) -> Tensor:
+    """[b, H, 1, n] of q [b, H, 1, d] and k [b, K, n, d]."""
+    b, heads, _, d = q.shape
+    grouped = q.reshape(b, k.shape[1], -1, 1, d)
+    return (grouped * k.unsqueeze(2)).sum(-1).reshape(b, heads, 1, -1)
+
+
+def _sum(p: Tensor, v: Tensor) -> Tensor:
+    """[b, H, 1, d] of p [b, H, 1, n] and v [b, K, n, d]."""
+    b, heads, _, n = p.shape
+    grouped = p.reshape(b, v.shape[1], -1, n, 1)
+    return (grouped * v.unsqueeze(2)).sum(-2).reshape(b, heads, 1, -1)
 
 
 def first_edited(server: OperandServer, edits: tuple[Edit, ...]) -> int:
