@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from compat import logits, one_thread, silent
+from compat import ids, logits, one_thread, silent
 from method_cases import (
     CACHES,
     PADDINGS,
@@ -28,6 +28,7 @@ from zoo import ZOO
 
 import headpatch
 from headpatch import EngineError, RecipeError, UnsupportedModelError
+from headpatch.adapters.huggingface import mass
 
 __all__ = ["one_thread", "silent"]
 pytestmark = pytest.mark.filterwarnings("error")
@@ -279,3 +280,25 @@ def test_a_cache_made_for_other_spans_is_refused():
         logits(model, tokens[:, :13], past_key_values=cache)
     with handle.inputs(spans=[[(2, 3)]] * 3), pytest.raises(EngineError, match="another recipe"):
         logits(model, tokens[:, 13:14], past_key_values=cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [{1: 0.01}, {0: 0.01, 1: 0.3, 2: 1e-6, 3: 0.9}])
+def test_a_weight_in_the_keys_is_the_weight_of_a_cell(dtype, heads, monkeypatch):
+    """Prompts without a mask take the ordinary kernel with wider queries and keys, everything else attends to cells: as exact."""
+    calls, by_key_bias, tokens = [], mass.by_key_bias, ids(2, 40)
+    monkeypatch.setattr(mass, "by_key_bias", lambda *given: calls.append(1) or by_key_bias(*given))
+
+    def run(dtype: torch.dtype, cells: bool) -> Tensor:
+        model = ZOO["llama"].build(torch.float64).to(dtype)
+        handle = headpatch.apply(model, recipe_of("pasta", heads))
+        with monkeypatch.context() as patched, torch.no_grad(), handle.inputs(spans=[[(3, 9)], []]):
+            if cells:
+                patched.setattr(mass, "biased_keys_suit", lambda call: False)
+            return logits(model, {"input_ids": tokens}).double()
+
+    exact = run(torch.float64, True)
+    assert not calls
+    found = (run(dtype, False) - exact).abs().mean()
+    assert len(calls) == ZOO["llama"].config().num_hidden_layers
+    assert found <= 1.2 * (run(dtype, True) - exact).abs().mean() + 1e-12

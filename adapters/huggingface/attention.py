@@ -260,6 +260,11 @@ def _edited(call: mass.Call, plan: LayerPlan, server: OperandServer | None, fuse
     if step or any(e.method.family == "scores" for e in edits):
         since = scores.first_edited(server, edits)
         return scores.explicit(call, edits, masks, plan.owned, server.operands_of, since=since), False
+    if plan.log_weights is not None and mass.biased_keys_suit(call):
+        (keys,) = masks(0, 1)
+        if keys.shape[1] == keys.shape[2] == 1:
+            keys = keys[:, 0, 0].expand(call.q.shape[0], -1)
+            return mass.by_key_bias(call, edits[0].heads, plan.log_weights.to(keys.device), keys), False
     return mass.by_cells(call, edits, masks, plan.owned, server.operands_of), False
 
 

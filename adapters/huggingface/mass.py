@@ -1,9 +1,10 @@
 """Attention with edited masses, on fused kernels.
 
-Three forms, all exact (see :mod:`headpatch.segments` for the algebra):
+Four forms, all exact (see :mod:`headpatch.segments` for the algebra):
 
 * :func:`first_token`: constant weights on the first token. The kernel runs on the complement (all keys but that one), then one
   fused pass puts the key back with its weight.
+* :func:`by_key_bias`: constant weights on another set of keys in a prompt without a mask, as extra head dimensions.
 * :func:`by_cells`: anything else in the mass family. One kernel pass per cell of intersected segments, merged by log-sum-exp.
 * :func:`differentiable`: constant weights with gradients, as extra head dimensions under the ordinary kernel.
 
@@ -28,7 +29,9 @@ from headpatch.kernels.step import can_merge_step, merge_step
 from headpatch.scores import on_heads
 from headpatch.segments import augment, cell_log_weights, cells, include_sink, merge
 
-__all__ = ["Call", "FirstKey", "by_cells", "differentiable", "first_token", "step", "unedited"]
+__all__ = [
+    "Call", "FirstKey", "biased_keys_suit", "by_cells", "by_key_bias", "differentiable", "first_token", "step", "unedited",
+]  # fmt: skip
 
 BLOCK = 1024
 """Queries per kernel call where a mask has to be edited: bounds memory to one block of it."""
@@ -223,6 +226,7 @@ def by_cells(call: Call, edits: tuple[Edit, ...], segments: Segments, owned: Own
     n_q, n_k = call.q.shape[2], call.seen.keys
     k, v = some.k[:, :, :n_k], some.v[:, :, :n_k]  # what is behind are unwritten slots of a static cache
     blocks, start = [], 0
+    hiding = _Hiding.of(some, [_rows_of(s, heads) for s in segments(0, 1)])
     while start < n_q:
         masks = [_rows_of(s, heads) for s in segments(start, min(n_q, start + BLOCK))]
         per_head = max(m.shape[1] for m in masks)
@@ -231,7 +235,10 @@ def by_cells(call: Call, edits: tuple[Edit, ...], segments: Segments, owned: Own
         mask = _rows_of(call.seen.block(start, stop), heads)
         outputs, lses, inside = [], [], []
         for names, cell in _partition(masks, owned[0]) if len(edits) == 1 else cells(masks):
-            o, lse = call.attend(some.q[:, :, start:stop], k, v, _and(mask, cell))
+            if hiding is not None:
+                o, lse = hiding.rows(names, cell, start, stop)
+            else:
+                o, lse = call.attend(some.q[:, :, start:stop], k, v, _and(mask, cell))
             outputs.append(o)
             lses.append(lse)
             inside.append(names)
@@ -247,6 +254,64 @@ def by_cells(call: Call, edits: tuple[Edit, ...], segments: Segments, owned: Own
     if heads is not None:
         out = unedited(call).index_copy(1, heads, out)
     return out.transpose(1, 2).contiguous()
+
+
+def biased_keys_suit(call: Call) -> bool:
+    """Whether :func:`by_key_bias` can take this call: a prompt without a mask, and nothing that a kernel of extra width lacks."""
+    grad = torch.is_grad_enabled() and (call.q.requires_grad or call.k.requires_grad or call.v.requires_grad)
+    return (
+        call.seen.kind == "causal" and call.q.shape[2] > 1 and call.softcap is None and call.sinks is None and not grad
+        and call.q.shape[-1] == call.v.shape[-1]
+    )  # fmt: skip
+
+
+def by_key_bias(call: Call, heads: Tensor, log_weights: Tensor, keys: Tensor) -> Tensor:
+    """Attention of a prompt with constant weights, exp(`log_weights`) [h, 1], of these heads on `keys`, [b, n].
+
+    One pass of the ordinary causal kernel over queries and keys that are some numbers wider, instead of a masked one for each cell.
+    """
+    few, width, n = 2 * len(heads) <= call.q.shape[1], call.q.shape[-1], call.seen.keys
+    some = _of_heads(call, heads) if few else call
+    every = log_weights if few else log_weights.new_zeros(call.q.shape[1], 1).index_copy(0, heads, log_weights)
+    q, k, v = augment(some.q, some.k[:, :, :n], some.v[:, :, :n], every, keys[:, :n, None], call.scale)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=call.scale, enable_gqa=some.groups > 1
+    )[..., :width]
+    if few:
+        out = unedited(call).index_copy(1, heads, out)
+    return out.transpose(1, 2).contiguous()
+
+
+class _Hiding:
+    """Cells of a prompt without a mask, each by one pass of the ordinary causal kernel over all queries: keys outside the cell get a
+    number in a head dimension of their own that no softmax sees through. A mask would cost the kernel its speed.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.call, n = call, call.seen.keys
+        self.far = -float(2 ** (15 if call.q.dtype == torch.float16 else 30))
+        q, k, v = call.q, call.k[:, :, :n], call.v[:, :, :n]
+        width = q.shape[-1]
+        self.q = torch.nn.functional.pad(torch.nn.functional.pad(q, (0, 1), value=self.far), (0, -(width + 1) % 8))
+        self.k, self.v = k, torch.nn.functional.pad(v, (0, self.q.shape[-1] - width))
+        self.done: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def of(cls, call: Call, masks: list[Tensor]) -> _Hiding | None:
+        """None where a cell is not the same for all queries and for all query heads of a KV head."""
+        alike = all(m.shape[2] == 1 and m.shape[1] in (1, call.k.shape[1]) for m in masks)
+        return cls(call) if alike and biased_keys_suit(call) else None
+
+    def rows(self, names: tuple[int, ...], cell: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """(o, L) of some queries, of the cell with these names."""
+        if names not in self.done:
+            b, kv, n, width = self.k.shape
+            hidden = (~cell[..., 0, :, None]).expand(b, kv, n, 1).to(self.k.dtype)
+            k = torch.nn.functional.pad(torch.cat([self.k, hidden], -1), (0, self.q.shape[-1] - width - 1))
+            o, lse = self.call.attend(self.q, k, self.v, None, causal=True)
+            self.done[names] = o[..., :width], lse.masked_fill(lse < self.far * self.call.scale / 2, -math.inf)
+        o, lse = self.done[names]
+        return o[:, :, start:stop], lse[:, :, start:stop]
 
 
 def _of_heads(call: Call, heads: Tensor) -> Call:

@@ -19,6 +19,10 @@ GENTLE = 0.25
 """From this weight on, correcting a finished attention output loses at most two bits, less than bf16's own rounding of it."""
 
 
+FAR = 64.0
+"""Largest logarithm of a weight that is added to a score: that keeps five decimals in fp32."""
+
+
 @dataclass
 class Edit:
     """One method on the heads of one layer.
@@ -72,6 +76,9 @@ class LayerPlan:
         Distinct segments that the mass and scores edits name, and each such edit's places among them.
     gentle
         Whether no first-token weight is below GENTLE.
+    log_weights
+        [h, 1] logarithms of the weights on a segment, where the only mass or scores edit is constant and names one segment, and no
+        weight is so far from 1 that its logarithm beside a score would cost digits.
     closed
         Whether `first_weight` and `scale` say all that is done to this layer.
     until
@@ -96,6 +103,7 @@ class LayerPlan:
     segments: tuple[Segment, ...] = ()
     owned: tuple[tuple[int, ...], ...] = ()
     gentle: bool = False
+    log_weights: Tensor | None = None
     closed: bool = False
     until: int | None = None
     restrictions: frozenset[str] = frozenset()
@@ -122,6 +130,7 @@ class LayerPlan:
         if not plan.trainable:
             plan.first_weight, plan.scale = plan.constants()
             plan.gentle = plan.first_weight is not None and float(plan.first_weight.min()) >= GENTLE
+            plan.log_weights = _log_weights(plan.family("mass", "scores"))
             plan.closed = plan.first_weight is not None and (plan.scale is not None or not plan.family("output"))
         return plan
 
@@ -174,6 +183,13 @@ def rows_key(handle: int) -> str:
 
 def _is_first(method: Any) -> bool:
     return [s.kind for s in method.segments()] == ["first_token"]
+
+
+def _log_weights(edits: tuple[Edit, ...]) -> Tensor | None:
+    if len(edits) != 1 or not isinstance(method := edits[0].method, MassMethod) or not method.is_constant:
+        return None
+    found = method.weights(edits[0].strength).log()
+    return found if found.shape[1] == 1 and float(found.abs().max()) <= FAR else None
 
 
 def _product(tensors: list[Tensor]) -> Tensor:

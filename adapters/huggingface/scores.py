@@ -58,8 +58,8 @@ def explicit(
     return torch.cat(blocks, 2).transpose(1, 2).contiguous()
 
 
-# One query in a compiled call: products and sums are fused with the reading of keys and values, where a matmul in fp32 would first need
-# a copy of both.
+# One query in a compiled call: products and sums are fused with the reading of keys and values, where a matmul in fp32 would first
+# need a copy of both.
 
 
 def _dot(q: Tensor, k: Tensor) -> Tensor:

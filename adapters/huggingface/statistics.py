@@ -117,13 +117,21 @@ class CallStatistics:
             [b, H or h, n] sums and [b, 1, n] counts.
         """
         n_q, n_k = self.call.q.shape[2], self.call.k.shape[2]
+        asked = self._real_queries(0, n_q)
+        if until is not None:
+            asked = asked & (self.position() < until[:, None])
+        causal = self.call.seen.kind == "causal"
         total, count = self.call.q.new_zeros(()), torch.zeros((), dtype=torch.long, device=self.call.q.device)
-        for start in range(0, n_q, BLOCK):
-            stop = min(n_q, start + BLOCK)
-            real = self._real_queries(start, stop)[:, None, :, None]
-            if until is not None:
-                real = real & (self.position()[:, start:stop] < until[:, None])[:, None, :, None]
+        if causal:  # a key is seen by its own query and those behind: no mask has to be added up
+            count = nn.functional.pad(asked.long().flip(1).cumsum(1).flip(1), (0, n_k - n_q))[:, None]
+        # Few heads: fewer, larger blocks, each of which costs its launches.
+        size = BLOCK * max(1, min(4, 8 // (self.call.q.shape[1] if heads is None else len(heads))))
+        for start in range(0, n_q, size):
+            stop = min(n_q, start + size)
+            real = asked[:, None, start:stop, None]
             total = total + (self._weights(start, stop, heads) * real).sum(2)
+            if causal:
+                continue
             mask = self.call.seen.block(start, stop)
             if mask is None:
                 mask = torch.ones(1, 1, stop - start, n_k, dtype=torch.bool, device=real.device)
