@@ -47,19 +47,20 @@ class Bench:
         self.text = model.config.text_config
         self.pairs = 3 if args.quick else PAIRS
         self.promised = device.type == "cuda"
+        self.compiled: Callable[[], None] | None = None
 
     def prompt(self, length: int, picture: bool) -> Prompt:
         """Random tokens around a picture, or random tokens alone; the span that PASTA is to follow stands near the end."""
         config, generator = self.plain.config, torch.Generator().manual_seed(self.args.seed + 1)
         image, size = config.image_token_id, config.image_seq_length
-        ids = torch.randint(5, min(image, self.text.vocab_size), (1, length), generator=generator)
+        ids = torch.randint(5, self.text.vocab_size, (1, length), generator=generator)
+        ids[ids == image] = 5
         pixels = None
         if picture:
             side = config.vision_config.image_size
             before = min(BEFORE, (length - size) // 2)
             ids[:, before : before + size] = image
             pixels = torch.randn(1, 3, side, side, generator=generator).to(self.device, self.plain.dtype)
-        ids[ids == image] = image if picture else 5
         end = length - max(2, length // 32)
         return Prompt(ids.to(self.device), pixels, (end - max(1, length // 32), end), image)
 
@@ -81,7 +82,7 @@ class Bench:
 
     def prefill(self, case: Case, prompt: Prompt, what: str) -> Row:
         """A whole prompt, tower included; short ones several times over, so that a host that hesitates does not decide the ratio."""
-        repeats = max(1, 4096 // prompt.length) if self.device.type == "cuda" else 1
+        repeats = 1 if self.args.quick else max(1, (4096 if self.device.type == "cuda" else 1024) // prompt.length)
 
         def run(model: Any) -> Callable[[], None]:
             def many() -> None:
@@ -134,11 +135,23 @@ class Bench:
                 runs.append(run)
             return alternate(
                 f"{self.name}, {case.method}: decode, {what}, eager, dynamic cache", *runs, self.device, per=STEPS, warm=2,
-                pairs=self.pairs,
+                pairs=self.pairs, turns=1 if self.args.quick else 4,
             )  # fmt: skip
 
     def decode_static(self, case: Case, prompt: Prompt, what: str) -> Row:
         """Compiled steps on a static cache that a prompt filled, as generate() does it: CUDA graphs, the mask made outside."""
+        if self.compiled is None:  # once for all cases: compiling takes longer than everything else
+            torch._dynamo.config.recompile_limit = 64
+            self.compiled = self._static(self.plain, prompt)
+        with self.under(case, prompt, everywhere=True):
+            return alternate(
+                f"{self.name}, {case.method}: decode, {what}, static cache, torch.compile", self.compiled,
+                self._static(self.patched, prompt), self.device, per=STEPS, warm=3, pairs=self.pairs,
+                bound=DECODE_BOUND if self.promised else None,
+            )  # fmt: skip
+
+    def _static(self, model: Any, prompt: Prompt) -> Callable[[], None]:
+        """Some compiled steps of a model behind a prompt."""
         token, length = prompt.ids[:, -1:], prompt.length
         room = -(-(length + 2 * STEPS) // 64) * 64
         mask = torch.zeros(1, 1, 1, room, dtype=torch.bool, device=self.device)
@@ -146,26 +159,18 @@ class Bench:
         position = torch.full((1, 1), length, device=self.device)
         cuda = self.device.type == "cuda"
         how = {"mode": "reduce-overhead"} if cuda else {"backend": "eager" if self.args.quick else "inductor"}
-        torch._dynamo.reset()
-        runs = []
-        with self.under(case, prompt, everywhere=True):
-            for model in (self.plain, self.patched):
-                cache = StaticCache(config=self.text, max_cache_len=room)
-                self.generate(model, prompt, cache)
-                step = torch.compile(model, fullgraph=True, dynamic=False, **how)
+        cache = StaticCache(config=self.text, max_cache_len=room)
+        self.generate(model, prompt, cache)
+        step = torch.compile(model, fullgraph=True, dynamic=False, **how)
 
-                def run(step: Any = step, cache: StaticCache = cache) -> None:
-                    for _ in range(STEPS):
-                        torch.compiler.cudagraph_mark_step_begin()
-                        step(input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache)
-                    for layer in cache.layers:
-                        layer.cumulative_length.fill_(length)
+        def run() -> None:
+            for _ in range(STEPS):
+                torch.compiler.cudagraph_mark_step_begin()
+                step(input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache)
+            for layer in cache.layers:
+                layer.cumulative_length.fill_(length)
 
-                runs.append(run)
-            return alternate(
-                f"{self.name}, {case.method}: decode, {what}, static cache, torch.compile", *runs, self.device, per=STEPS, warm=3,
-                pairs=self.pairs, bound=DECODE_BOUND if self.promised else None,
-            )  # fmt: skip
+        return run
 
 
 def free(device: torch.device) -> None:
