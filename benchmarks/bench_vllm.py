@@ -118,9 +118,15 @@ def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
 
 
 def measure(
-    untouched: Engine, patched: Engine, vocabulary: int, long: int, pairs: int, only: str
+    untouched: Engine,
+    patched: Engine,
+    vocabulary: int,
+    long: int,
+    pairs: int,
+    only: str,
+    save: Callable[[list[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
-    """All cases, each warmed up once and then measured in alternated pairs."""
+    """All cases, each warmed up once and then measured in alternated pairs; what there is, is saved after each."""
     found = []
     for name, (make, tokens, mixed) in cases(vocabulary, long, 7).items():
         if only not in name:
@@ -142,6 +148,7 @@ def measure(
             "ratio": mean, "low": low, "high": high, "pairs": rows, "passed": mean >= MEAN and low >= LOW,
         })  # fmt: skip
         print(line(found[-1]), flush=True)
+        save(found)
     return found
 
 
@@ -205,19 +212,22 @@ def main(arguments: Sequence[str]) -> int:
         sizes.append(memory())
         patched = Engine(model, flag, options)
         sizes.append(memory())
-        rows = measure(untouched, patched, config["vocab_size"], given.long, given.pairs, given.only)
         report = patched.llm.collective_rpc("headpatch_report")[0]
-    result = {
-        "model": given.model, "options": {k: str(v) for k, v in options.items()}, "cases": rows, **describe(),
-        "start_seconds": {"untouched": untouched.start_seconds, "patched": patched.start_seconds},
-        "memory_bytes": {"untouched": sizes[1] - sizes[0], "patched": sizes[2] - sizes[1]},
-        "backends": sorted({f"{layer['backend']} ({layer['how']})" for layer in report["layers"]}), "checks": report["checks"],
-    }  # fmt: skip
-    print(f"start-up {untouched.start_seconds:.0f} s untouched (first, so it compiles), {patched.start_seconds:.0f} s patched; "
-          f"memory {(sizes[1] - sizes[0]) / 2**30:.2f} and {(sizes[2] - sizes[1]) / 2**30:.2f} GiB; {result['device']}; "
-          f"{', '.join(result['backends'])}; vLLM {result['vllm']}")  # fmt: skip
-    if given.out:
-        given.out.write_text(json.dumps(result, indent=1))
+        about = {
+            "model": given.model, "options": {k: str(v) for k, v in options.items()}, **describe(),
+            "start_seconds": {"untouched": untouched.start_seconds, "patched": patched.start_seconds},
+            "memory_bytes": {"untouched": sizes[1] - sizes[0], "patched": sizes[2] - sizes[1]},
+            "backends": sorted({f"{layer['backend']} ({layer['how']})" for layer in report["layers"]}), "checks": report["checks"],
+        }  # fmt: skip
+        print(f"start-up {untouched.start_seconds:.0f} s untouched (first, so it compiles), {patched.start_seconds:.0f} s patched; "
+              f"memory {(sizes[1] - sizes[0]) / 2**30:.2f} and {(sizes[2] - sizes[1]) / 2**30:.2f} GiB; {about['device']}; "
+              f"{', '.join(about['backends'])}; vLLM {about['vllm']}", flush=True)  # fmt: skip
+
+        def save(found: list[dict[str, Any]]) -> None:
+            if given.out:
+                given.out.write_text(json.dumps({**about, "cases": found}, indent=1))
+
+        rows = measure(untouched, patched, config["vocab_size"], given.long, given.pairs, given.only, save)
     return 0 if all(row["passed"] for row in rows) else 1
 
 

@@ -115,7 +115,7 @@ class FusedEdit:
         where = {"row_slot": tables.row_slot} if worker.by_rows else {"block_slot": tables.block_slot}
         self.constants: dict[str, Any] = {
             "scale": patch.scale, "softcap": patch.softcap, "window": patch.window, "block_ratio": patch.block_ratio,
-            "head_scale": self.head_scale, **where,
+            "head_scale": self.head_scale, "rows": tables.row_slot.shape[0], **where,
         }  # fmt: skip
         self.rows = worker.armed.rows
         self.how = "lse" if self.weights else "scale" if worker.armed.scales else "rows"

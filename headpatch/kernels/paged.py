@@ -33,6 +33,8 @@ class PagedMerge:
         [slots, H] fp32, rows contiguous, at fixed addresses; `head_scale` None for ones.
     scale, block_slot, row_slot, block_ratio, window, softcap
         As in :func:`~headpatch.kernels.first_token.merge_first_token_paged`.
+    rows
+        The most rows that a call will have. Kernels depend on it, not on the rows of a call, so that none is compiled while serving.
 
     Raises
     ------
@@ -43,12 +45,13 @@ class PagedMerge:
     def __init__(
         self, keys: Tensor, values: Tensor, gamma: Tensor, *, scale: float, head_scale: Tensor | None = None,
         block_slot: Tensor | None = None, row_slot: Tensor | None = None, block_ratio: int = 1, window: int = 0,
-        softcap: float = 0.0,
+        softcap: float = 0.0, rows: int = 4095,
     ) -> None:  # fmt: skip
         if (block_slot is None) == (row_slot is None):
             raise ValueError("give one of block_slot and row_slot")
         self.keys, self.values, self.gamma, self.head_scale = keys, values, gamma, head_scale
         self.block_slot, self.row_slot = block_slot, row_slot
+        self.steps = -(-rows.bit_length() // 4) * 4
         self.scale, self.block_ratio, self.window, self.softcap = scale, block_ratio, window, softcap
         k, v = keys.stride(), values.stride()
         self._outer = (k[0], k[1], k[3], v[0], v[1], v[3])
@@ -80,7 +83,7 @@ class PagedMerge:
         tokens, rows = q.shape[0], block_table.shape[0]
         if tokens == 0 or rows == 0:
             return
-        steps = 0 if one and rows == tokens else -(-rows.bit_length() // 4) * 4
+        steps = 0 if one and rows == tokens else self.steps
         q_strides, o_strides, l_t, l_h = q.stride(), o.stride(), lse.stride(1), lse.stride(0)
         b_r = block_table.stride(0)
         aligned = not (q.data_ptr() | o.data_ptr()) & 15
