@@ -247,13 +247,18 @@ def gpus() -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+def control(found: dict[str, float]) -> str:
+    """What transformers showed under the same recipe, where that was measured."""
+    return f"{found['transformers_mean']:.4f}; " if "transformers_mean" in found else ""
+
+
 def summary(part: str, result: dict[str, Any]) -> str:
     """A line or two for people."""
     if "error" in result:
         return f"{part:18s} ERROR {result['error'].strip().splitlines()[-1][:300]}"
     last = result["rounds"][-1]
     cells = ", ".join(
-        f"{n} {x['mean']:.4f} ({x.get('transformers_mean', 0):.4f}; untouched {x['untouched_mean']:.3f})"
+        f"{n} {x['mean']:.4f} ({control(x)}untouched {x['untouched_mean']:.3f})"
         for n, x in last.items()
         if n != "none"
     )
