@@ -49,6 +49,7 @@ def engines() -> Iterator[list[Any]]:
         stop(llm)
 
 
+@pytest.mark.slow
 def test_sliding_windows_soft_caps_and_two_groups(
     tiny_windowed: Path, engines: list[Any], tasks: dict[str, str]
 ) -> None:  # fmt: skip
