@@ -33,9 +33,22 @@ _by_config: weakref.WeakValueDictionary[int, Worker] = weakref.WeakValueDictiona
 
 
 def worker_of(vllm_config: Any) -> Worker | None:
-    """The worker half that belongs to this very config."""
+    """The worker half that belongs to this very config, or to the one that it was derived from.
+
+    A vision-language model builds its language model under a config of its own, which vLLM derives from the engine's; both hold the
+    object in which attention layers are registered. So does a draft model's config, but that is another model's, or no part of one.
+    """
     found = _by_config.get(id(vllm_config))
-    return found if found is not None and found.vllm_config is vllm_config else None
+    if found is not None and found.vllm_config is vllm_config:
+        return found
+    model = getattr(vllm_config, "model_config", None)
+    if model is None or not getattr(model, "is_submodel_config", True):
+        return None
+    for worker in list(_by_config.values()):
+        whole = worker.vllm_config
+        if whole.compilation_config is vllm_config.compilation_config and whole.model_config.model == model.model:
+            return worker
+    return None
 
 
 class Worker:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -207,3 +208,26 @@ def test_serve_keeps_the_users_own_config(monkeypatch: pytest.MonkeyPatch) -> No
     for wrong in (["--additional-config", "nope"], ['--additional-config={"headpatch": {}}']):
         with pytest.raises(HeadpatchError):
             serve.command_line("m", {}, wrong)
+
+
+def test_a_worker_is_found_from_a_language_model_in_another() -> None:
+    """By the engine's config, or by one derived from it for a part of its model; not by a draft model's, nor another engine's."""
+    from headpatch.adapters.vllm import worker as module
+
+    class Half:
+        vllm_config: Any
+
+    def config(model: str, registry: object, **more: bool) -> SimpleNamespace:
+        return SimpleNamespace(model_config=SimpleNamespace(model=model, **more), compilation_config=registry)
+
+    half, layers = Half(), object()
+    half.vllm_config = config("llava", layers, is_submodel_config=False)
+    module._by_config[id(half.vllm_config)] = half  # type: ignore[assignment]
+    assert module.worker_of(half.vllm_config) is half
+    assert module.worker_of(config("llava", layers, is_submodel_config=True)) is half
+    assert module.worker_of(config("llava", layers)) is half, "earlier versions do not say what is a part"
+    for other in (
+        config("llava", layers, is_submodel_config=False), config("draft", layers, is_submodel_config=True),
+        config("llava", object(), is_submodel_config=True), None, SimpleNamespace(model_config=None, compilation_config=layers),
+    ):  # fmt: skip
+        assert module.worker_of(other) is None
