@@ -88,8 +88,8 @@ def _shipped_folder() -> Path:
 
 def _shipped_files() -> dict[str, Path]:
     """Files of the shipped recipes by name; one folder per model."""
-    files = sorted(_shipped_folder().glob("*/*.yaml"))
-    return {f"{path.parent.name}/{path.stem}": path for path in files}
+    files = {f"{path.parent.name}/{path.stem}": path for path in _shipped_folder().glob("*/*.yaml")}
+    return dict(sorted(files.items()))
 
 
 def _description(path: Path) -> str:

@@ -102,6 +102,7 @@ def test_a_name_does_not_lead_out_of_the_package(shipped, tmp_path, name, monkey
 
 
 def test_what_is_really_shipped_loads():
+    assert list(list_recipes()) == sorted(list_recipes()), "by name, and not by file: a-b comes after a"
     for name, description in list_recipes().items():
         recipe = load_recipe(name)
         assert recipe.name == name
