@@ -111,8 +111,8 @@ class Study:
         }  # fmt: skip
 
     def logit_shift(self) -> dict[str, Any]:
-        """The control that touches no head: one threshold on yes against no, the best on half of the balanced scenes; scored on the
-        other half and on the other splits.
+        """The control that touches no head: one threshold on yes against no, the best on half of the balanced scenes; scored on all
+        of them, that half included, and on the other splits.
         """
         scenes = self.sets["balanced"][0]
         there, half = scenes.has(scenes.companion), self.rows // 2
