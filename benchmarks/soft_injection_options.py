@@ -60,7 +60,7 @@ def options(text: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--mediation-prompts", type=int, default=25)
     parser.add_argument("--latency", type=int, default=4, help="tasks whose recipes are kept and timed")
     parser.add_argument("--latency-dtypes", nargs="*", default=[], help="time them in these dtypes, too")
-    parser.add_argument("--queries", type=int, default=9, help="queries of each; the first is a warm-up")
+    parser.add_argument("--queries", type=int, default=9, help="queries of each")
     parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument(
         "--wider", type=int, help="rows run at once, in a CPU's batches; default: 1 on a CPU, 4 on a GPU"

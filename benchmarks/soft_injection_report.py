@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS
+from soft_injection_parts import unpacked
 
 WHOLE = "soft injection, whole answers"
 METHODS = ("zero-shot", "ICL", "function vector", "soft injection", WHOLE, "random alpha")
@@ -30,7 +31,7 @@ def scores(data: dict[str, Any]) -> Scores:
     return {
         score: {
             m: {
-                name: [100 * statistics.mean(run[score]) for run in task["answers"][m]]
+                name: [100 * statistics.mean(unpacked(run[score])) for run in task["answers"][m]]
                 for name, task in data["tasks"].items()
             }
             for m in measured(data)
@@ -53,7 +54,6 @@ def lines(data: dict[str, Any]) -> list[str]:
         m: statistics.mean(t["prompt_tokens"]["ICL" if m == "ICL" else "zero-shot"] for t in data["tasks"].values())
         for m in measured(data)
     }
-    timed = data.get("latency", {})
     test = sum(t["pairs"]["test"] for t in data["tasks"].values())
     settings = data["settings"]
     about = (
@@ -65,8 +65,8 @@ def lines(data: dict[str, Any]) -> list[str]:
     made = [
         "# Soft injection on function-vector tasks", "", about, "",
         "Percent right, mean over tasks of the mean over seeds, with 95 % bootstrap intervals over tasks.", "",
-        "| method | prefix match | exact match | spread of seeds | prompt tokens | first token, ms | whole answer, ms |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| method | prefix match | exact match | spread of seeds | prompt tokens |",
+        "| --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for m in measured(data):
         cells = []
@@ -76,10 +76,6 @@ def lines(data: dict[str, Any]) -> list[str]:
         spread = [statistics.stdev(found["prefix"][m][t]) for t in tasks if len(found["prefix"][m][t]) > 1]
         cells.append(f"{statistics.mean(spread):.1f}" if spread else "-")
         cells.append(f"{tokens[m]:.0f}")
-        cells += [
-            f"{timed[key][m]:.1f}" if m in timed.get(key, {}) else "-"
-            for key in ("first token, ms", "whole answer, ms")
-        ]
         made.append(f"| {m} | {' | '.join(cells)} |")
     made += ["", "Paired over tasks, points of prefix match and of exact match:", ""]
     mine = [m for m in ("soft injection", WHOLE) if m in measured(data)]
@@ -106,23 +102,8 @@ def lines(data: dict[str, Any]) -> list[str]:
                 f"Learned strengths, {m}: {low:.0%} of heads below 0.1 and {high:.0%} above 0.9; the state that validation chose "
                 f"was reached after {statistics.mean(run['step'] for run in runs):.0f} steps on average."
             )
-    for run in [timed, *data.get("latency in other dtypes", [])] if timed else []:
-        held = "; ".join(f"{k} {v}" for k, v in run["answers as measured"].items())
-        own = (
-            ""
-            if run is timed
-            else "; ".join(
-                f"{m} {run['first token, ms'][m]:.1f} and {run['whole answer, ms'][m]:.1f} ms"
-                for m in run["first token, ms"]
-            )
-        )
-        own = f" (first token and whole answer: {own})" if own else ""
-        made.append("")
-        made.append(
-            f"Latency in {run.get('dtype', data['model']['dtype'])}: {run['machine']['device']}, one query at a time through "
-            f"`headpatch.apply` and `generate()`, {run['tokens generated']:.0f} tokens, medians over {run['tasks']} tasks{own}. "
-            f"Recipes answered as in the table: {held}."
-        )
+    for run in [data["latency"], *data.get("latency in other dtypes", [])] if "latency" in data else []:
+        made += latency_lines(run, data["model"]["device"])
     made += [
         "",
         "By task, prefix match (exact match in brackets):",
@@ -137,6 +118,33 @@ def lines(data: dict[str, Any]) -> list[str]:
         ]
         made.append(f"| {t} | {' | '.join(cells)} |")
     return made
+
+
+def latency_lines(run: dict[str, Any], device: str) -> list[str]:
+    """One measurement of latency, under the name of its own machine, which need not be the one of the accuracies."""
+    about = run["machine"]
+    other = "" if about["device"] == device else f", **not the machine of the accuracies** ({device})"
+    load = f", load {about['load']} while measuring" if "load" in about else ""
+    title = (
+        f"Latency in {run['dtype']} on {about['device']}, {about['threads']} threads{load}{other}: one query at a time through "
+        f"`headpatch.apply` and `generate()`, {run['tokens generated']:.0f} tokens; medians over {run['calls']} calls, on queries of "
+        f"{run['tasks']} tasks, and of the ratios of paired calls with 95 % bootstrap intervals."
+    )
+    made = [
+        "",
+        title,
+        "",
+        "| method | first token, ms | whole answer, ms | whole answer, against zero-shot | against ICL |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for m, first in run["first token, ms"].items():
+        ratios = [
+            "{:.2f} [{:.2f}, {:.2f}]".format(*run[key][m]) if m in run.get(key, {}) else "-"
+            for key in ("whole answer / zero-shot", "whole answer / ICL")
+        ]
+        made.append(f"| {m} | {first:.1f} | {run['whole answer, ms'][m]:.1f} | {' | '.join(ratios)} |")
+    held = "; ".join(f"{k} {v}" for k, v in run["answers as measured"].items())
+    return [*made, "", f"Recipes answered as in the table of accuracies: {held}."]
 
 
 def figure(data: dict[str, Any], path: Path) -> None:
@@ -189,7 +197,7 @@ def report(result: Path, picture: Path | None = None) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path, nargs="?", default=RESULTS / "soft_injection.json")
+    parser.add_argument("result", type=Path, nargs="?", default=RESULTS / "soft_injection_h100.json")
     parser.add_argument("--figure", type=Path)
     given = parser.parse_args()
     report(given.result, given.figure)
