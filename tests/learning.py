@@ -19,7 +19,8 @@ STYLE = Format()
 WORDS = ("film", "good", "bad", "nobody", "laughed", "capital", "country", "known", "what", "everybody")
 PAIRS = [Pair(f"the {a} {b}", a if i % 2 else b) for i, a in enumerate(WORDS) for b in WORDS if a != b]
 PARTS = Split(tuple(PAIRS[:40]), tuple(PAIRS[40:52]), tuple(PAIRS[52:64]))
-SETTINGS = Settings(prompts=4, shots=2, steps=12, every=4, validation=8, lr=0.5)
+# The published loss: tests compare it with the cross-entropy of first tokens.
+SETTINGS = Settings(prompts=4, shots=2, steps=12, every=4, validation=8, lr=0.5, loss="first")
 
 
 @pytest.fixture(scope="module")

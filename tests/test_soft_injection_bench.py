@@ -15,6 +15,7 @@ from tiny_model import save_tiny_model
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import soft_injection
+import soft_injection_latency as latency_of
 import soft_injection_parts as parts_of
 import soft_injection_report as report_of
 
@@ -56,6 +57,26 @@ def test_parts_of_another_run_are_refused(key: str) -> None:
     part[key] = {**part[key], "other": 1}
     with pytest.raises(ValueError, match=f"other {key}"):
         parts_of.merge(whole, [part])
+
+
+@pytest.mark.parametrize("marks", [[1], [0], [0, 0, 1], [1, 0, 1, 1, 0, 0], [0] * 9 + [1] * 200, [0] * 70])
+def test_marks_are_packed_and_come_back(marks: list[int]) -> None:
+    text = parts_of.packed(marks)
+    assert parts_of.unpacked(text) == marks == parts_of.unpacked(marks) and parts_of.packed(text) == text
+    assert len(text) < 12 + len(marks) / 3
+
+
+def test_a_file_holds_packed_marks_and_is_read_as_json(tmp_path: Path) -> None:
+    data = result("a", "b")
+    data["heads"] = {"chosen": ["x" * 100] * 20}  # longer than a line
+    before = copy.deepcopy(data)
+    parts_of.write_whole(tmp_path / "r.json", data)
+    assert data == before
+    read = json.loads((tmp_path / "r.json").read_text("utf-8"))
+    assert read["heads"] == data["heads"] and read["tasks"]["b"]["learned"] == data["tasks"]["b"]["learned"]
+    assert read["tasks"]["a"]["answers"]["ICL"][1] == {"seed": 1, "prefix": "2:3", "exact": "2:2"}
+    assert report_of.scores(read) == report_of.scores(data) and report_of.lines(read) == report_of.lines(data)
+    assert parts_of.merge(result(), [read])["tasks"] == read["tasks"]  # a part is a file that was read
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -117,6 +138,7 @@ def test_a_run_goes_on_from_its_parts(tmp_path: Path, capsys: pytest.CaptureFixt
         list(found["tasks"]) == ["one"] and found["latency"]["tasks"] == 1 and found["latency"]["dtype"] == "float32"
     )
     assert set(found["tasks"]["one"]["answers"]) == set(report_of.METHODS)
+    assert found["recipes"] == {"one": {"queries": 2, "tokens": found["recipes"]["one"]["tokens"]}}  # no questions
     assert [(run["seed"], run["loss"]) for run in found["tasks"]["one"]["learned"]] == [
         (0, "first"), (0, "answer"), (1, "first"), (1, "answer")
     ]  # fmt: skip
@@ -130,3 +152,34 @@ def test_a_run_goes_on_from_its_parts(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "2 of 2 tasks" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="other settings"):
         soft_injection.main([*given, "--steps", "3"])
+
+
+def test_latency_is_added_to_a_result_under_its_own_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run on a GPU that had no time for it; queries are gone after that, and what was measured stays."""
+    out, queries = tmp_path / "r.json", {"zero": ["the film"] * 3, "few": ["the film good the film"] * 3, "tokens": 2}
+    data = result("one")
+    data["model"]["device"], data["recipes"] = "a GPU", {"one": {**queries, "soft": ["x"] * 3, "fv": [""] * 3}}
+    parts_of.write_whole(out, data)
+    applied: list[str] = []
+
+    class Handle:
+        def remove(self) -> None:
+            applied.append("removed")
+
+    def apply(model: object, recipe: str) -> Handle:
+        applied.append(Path(recipe).name)
+        return Handle()
+
+    monkeypatch.setattr(latency_of.headpatch, "apply", apply)
+    latency_of.main([str(out), "--model", str(save_tiny_model(tmp_path / "m")), "--device", "cpu", "--rounds", "2"])
+    found = json.loads(out.read_text("utf-8"))
+    assert found["recipes"] == {"one": {"queries": 3, "tokens": 2}} and found["settings"] == data["settings"]
+    assert report_of.scores(found) == report_of.scores(data)
+    assert applied.count("one-soft.yaml") == applied.count("one-fv.yaml") == 6 and applied.count("removed") == 12
+    run = found["latency"]
+    assert run["calls"] == 6 and run["answers as measured"]["function vector"] == "3 of 3"
+    assert set(run["whole answer / ICL"]) == {"zero-shot", "function vector", "soft injection"}
+    text = out.with_suffix(".md").read_text("utf-8")
+    assert "**not the machine of the accuracies** (a GPU)" in text and run["machine"]["device"] in text
+    with pytest.raises(SystemExit, match="timed already"):
+        latency_of.main([str(out)])

@@ -159,7 +159,8 @@ def test_a_step_is_adam_on_the_recipe_s_own_gradient(loaded, model, vectors):
     """One step from alpha = 1/2, with the gradient taken through headpatch.apply on the whole prompt."""
     base = loaded[0]
     train, valid = PARTS.train[:1], PARTS.valid[:2]
-    learned = learn(model, [Lesson(vectors, train, valid)], STYLE, Settings(steps=1, every=1, validation=2, lr=0.3))[0]
+    settings = Settings(steps=1, every=1, validation=2, lr=0.3, loss="first")
+    learned = learn(model, [Lesson(vectors, train, valid)], STYLE, settings)[0]
     arrays = {f"t.{layer}.{h}": vectors[layer][h] for layer in range(3) for h in range(4)}
     handle = headpatch.apply(base, task({name[2:]: 0.5 for name in arrays}, arrays))
     alphas = handle.strengths(trainable=True)

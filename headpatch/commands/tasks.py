@@ -61,8 +61,8 @@ def register(group: typer.Typer) -> None:
         validation: Validation = 100,
         threshold: Annotated[float, typer.Option(help="Heads that take less of their vector are left out.")] = 0.01,
         loss: Annotated[
-            str, typer.Option(help="first: of the answer's first token, as published; answer: of all of it and the line's end.")
-        ] = "first",
+            str, typer.Option(help="answer: of all of the answer and the line's end; first: of its first token, as published.")
+        ] = "answer",
         case: Case = False, seed: Seed = 0, name: Name = None, description: Description = None, model_name: ModelName = None,
         restart: Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run has learned.")] = False,
         device: Device = "auto", dtype: Dtype = "float32",

@@ -1,7 +1,7 @@
 """Learning a soft injection: a task's vector for every head from few-shot prompts, and by gradient descent how much of it each takes.
 
     t[l,h] = mean over M prompts of o[l,h,last]                      N demonstrations each, and a question without its answer
-    alpha = sigmoid(z), z[l,h] = 0 at the start;  loss = -log p(first answer token | zero-shot prompt, injected)
+    alpha = sigmoid(z), z[l,h] = 0 at the start;  loss = -log p(answer and the end of its line | zero-shot prompt, injected)
     Adam on z alone, `steps` times one training pair; every `every` steps the mean loss on validation pairs; the best state is kept
 
 The model's weights are frozen, and what comes before the prompt's last token is computed once
@@ -12,8 +12,9 @@ Source: arXiv 2507.20906, github.com/SNU-DRL/Soft_Injection (commit 750f28c). Wh
 
 * The state with the lowest validation loss is kept, the start included. In the code that choice is inert, and the last state wins.
 * Everything is drawn from a seed, and an interrupted run goes on from its last validation.
-* With ``loss="answer"`` the loss is that of the whole answer and the end of its line, each token behind the right ones. With the
-  published loss nothing is learned about where an answer ends.
+* The loss is that of the whole answer and the end of its line, each token behind the right ones. The published one is of the answer's
+  first token only (``loss="first"``), so that nothing is learned about where an answer ends, and most right beginnings are no right
+  answers: 55 % by prefix match and 22 % by exact match over 51 tasks, against 54 and 52 % (docs/soft-injection.md).
 """
 
 from __future__ import annotations
@@ -43,14 +44,13 @@ GPU more are (:attr:`headpatch.tune.engine.LastTokens.wider`)."""
 LOSSES = ("first", "answer")
 """What is learned from: an answer's first token, as published, or all of its tokens and the end of its line."""
 
-
 NOTHING = -100
 """A target that does not count."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How an injection is learned; the published values.
+    """How an injection is learned; the published values, but for the loss.
 
     Attributes
     ----------
@@ -63,7 +63,7 @@ class Settings:
     seed
         Of the prompts and of the order of training pairs.
     loss
-        One of :data:`LOSSES`.
+        One of :data:`LOSSES`; "first" is the published one.
     """
 
     prompts: int = 50
@@ -74,7 +74,7 @@ class Settings:
     every: int = 50
     validation: int = 100
     seed: int = 0
-    loss: str = "first"
+    loss: str = "answer"
 
     def __post_init__(self) -> None:
         wrong = [n for n in ("prompts", "shots", "steps", "batch", "every", "validation") if getattr(self, n) < 1]
