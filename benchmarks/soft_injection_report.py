@@ -126,7 +126,7 @@ def latency_lines(run: dict[str, Any], device: str) -> list[str]:
     other = "" if about["device"] == device else f", **not the machine of the accuracies** ({device})"
     load = f", load {about['load']} while measuring" if "load" in about else ""
     title = (
-        f"Latency in {run['dtype']} on {about['device']}, {about['threads']} threads{load}{other}: one query at a time through "
+        f"Latency in {run['dtype']} on {about['device']}, {about['threads']} thread(s){load}{other}: one query at a time through "
         f"`headpatch.apply` and `generate()`, {run['tokens generated']:.0f} tokens; medians over {run['calls']} calls, on queries of "
         f"{run['tasks']} tasks, and of the ratios of paired calls with 95 % bootstrap intervals."
     )
@@ -175,9 +175,9 @@ def figure(data: dict[str, Any], path: Path) -> None:
                 xerr=[[mean - low], [high - mean]],
                 ecolor="#333333",
             )
-    right.set_yticks(range(len(methods)), methods, fontsize=8)
+    right.set_yticks(range(len(methods)), [m.replace(", ", ",\n") for m in methods], fontsize=8)
     right.invert_yaxis()
-    right.set_xlabel("mean over tasks\n(upper: prefix, lower: exact match)")
+    right.set_xlabel("mean over tasks\n(upper: prefix match,\nlower: exact match)")
     right.set_xlim(0, 100)
     fig.savefig(path, dpi=110)
 
@@ -197,7 +197,7 @@ def report(result: Path, picture: Path | None = None) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path, nargs="?", default=RESULTS / "soft_injection_h100.json")
+    parser.add_argument("result", type=Path, nargs="?", default=RESULTS / "soft_injection.json")
     parser.add_argument("--figure", type=Path)
     given = parser.parse_args()
     report(given.result, given.figure)
