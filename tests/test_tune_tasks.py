@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -165,11 +166,12 @@ def test_few_shot_answers_however_they_are_batched(model, draws):
     assert length > asked.length
 
 
-@pytest.mark.parametrize("chat", [False, True])
-def test_a_learned_task(loaded, chat, tmp_path):
+@pytest.mark.parametrize(("chat", "loss"), [(False, "first"), (False, "answer"), (True, "answer")])
+def test_a_learned_task(loaded, chat, loss, tmp_path):
     base, tokenizer = loaded
+    settings = dataclasses.replace(SETTINGS, loss=loss)
     found = tune.learn_injection(
-        base, tokenizer, PARTS, Format(chat=chat), SETTINGS, threshold=0.4, name="words", provenance={"data": "x"}
+        base, tokenizer, PARTS, Format(chat=chat), settings, threshold=0.4, name="words", provenance={"data": "x"}
     )
     assert 0 < found.heads < found.of == 12
     strengths = dict(found.recipe.patches[0].heads)
@@ -177,6 +179,7 @@ def test_a_learned_task(loaded, chat, tmp_path):
     assert set(found.recipe.arrays()) == {f"t.{head}" for head in strengths}
     assert all(a.dtype == torch.float16 for a in found.recipe.arrays().values())
     known = found.recipe.provenance
+    assert known["settings"]["loss"] == loss
     assert known["data"] == "x" and known["seed"] == 0 and known["steps"] == found.learned.step
     assert list(known["losses"]["validation"]) == [round(x, 4) for x in found.learned.valid]
     assert set(found.answers) == {"zero-shot", "2-shot", "soft injection"} and known["patched"] and known["baseline"]
@@ -197,7 +200,7 @@ def test_a_learned_task(loaded, chat, tmp_path):
             right += prefix_match(out_text, pair.answer) == bool(said)
     assert right == len(PARTS.test)
     with pytest.raises(HeadpatchError, match="nothing was learned"):
-        tune.learn_injection(base, tokenizer, PARTS, Format(chat=chat), SETTINGS, threshold=1.0)
+        tune.learn_injection(base, tokenizer, PARTS, Format(chat=chat), settings, threshold=1.0)
 
 
 def test_a_learned_function_vector(loaded):
@@ -237,6 +240,7 @@ def test_the_commands(folder, tmp_path, capsys, monkeypatch):
     assert not out.with_name("words.yaml.work").exists()
     first = headpatch.load_recipe(out)
     known = yaml.safe_load(out.read_text())["provenance"]
+    assert known["settings"]["loss"] == "answer"  # unless told otherwise
     assert known["data"]["train"]["file"] == "train.jsonl" and len(known["data"]["eval"]["sha256"]) == 64
     assert (
         known["command"].startswith("headpatch calibrate soft-injection --model ") and "--steps 6" in known["command"]
