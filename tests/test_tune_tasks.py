@@ -19,7 +19,17 @@ from headpatch.errors import HeadpatchError
 from headpatch.find.data import Row
 from headpatch.tune.function_vector import HeadWriter, addition, best_layer, function_vector, mediation
 from headpatch.tune.measure import Answers, answers, few_shot_answers, questions
-from headpatch.tune.pairs import Format, Pair, drawn, exact_match, first_tokens, pairs_of, prefix_match, split
+from headpatch.tune.pairs import (
+    Format,
+    Pair,
+    answer_tokens,
+    drawn,
+    exact_match,
+    first_tokens,
+    pairs_of,
+    prefix_match,
+    split,
+)
 
 __all__ = ["folder", "loaded", "model", "vectors"]
 
@@ -47,11 +57,21 @@ def test_the_first_answer_token(model, loaded):
     assert tokenizer.decode(asked).endswith("user: the film\nassistant:")
 
     class Merging:
-        def encode(self, prompts, answers=None):
+        def encode(self, prompts, answers=None, closed=False):
             return [(1, 2)] if answers is None else [(1, 3, 4)]
 
     with pytest.raises(HeadpatchError, match="merges with the end of its prompt"):
         first_tokens(Merging(), ["x"], ["y"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_what_ends_an_answer(model, loaded, chat):
+    """A line break, and in a chat the token that ends the turn."""
+    tokenizer, style = loaded[1], Format(chat=chat)
+    _, ((*answer, end),) = answer_tokens(model, [style.prompt("the film")], [style.said("good")], line=True)
+    _, (plain,) = answer_tokens(model, [style.prompt("the film")], [style.said("good")])
+    assert tuple(answer) == plain and end in model.ends
+    assert end == tokenizer.eos_token_id if chat else "\n" in tokenizer.decode([end])
 
 
 def test_splits_and_draws():

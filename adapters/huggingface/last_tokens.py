@@ -79,18 +79,22 @@ class HuggingFaceLastTokens:
         breaks = (i for i in range(len(self.tokenizer)) if "\n" in self.tokenizer.decode([i]))
         return frozenset({*breaks, *stops})
 
-    def encode(self, prompts: Sequence[Prompt], answers: Sequence[str] | None = None) -> list[tuple[int, ...]]:
+    def encode(
+        self, prompts: Sequence[Prompt], answers: Sequence[str] | None = None, closed: bool = False
+    ) -> list[tuple[int, ...]]:
         """Tokens of texts, or of messages in the chat template."""
         found = []
         for prompt, answer in zip(prompts, answers or [""] * len(prompts), strict=True):
             if isinstance(prompt, str):
-                ids = self.tokenizer(prompt + answer)["input_ids"]
+                ids = self.tokenizer(prompt + answer + "\n" * closed)["input_ids"]
             elif getattr(self.tokenizer, "chat_template", None) is None:
                 raise HeadpatchError("this model's tokenizer has no chat template; leave the chat option out")
             else:
                 messages = [{"role": role, "content": text} for role, text in prompt]
                 text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
                 ids = self.tokenizer(text + answer, add_special_tokens=False)["input_ids"]
+                end = self.tokenizer.eos_token_id
+                ids = [*ids, end] if closed and end is not None else ids
             if not ids:
                 raise HeadpatchError("a prompt has no tokens")
             found.append(tuple(ids))

@@ -181,8 +181,13 @@ class LastTokens(Protocol):
     def ends(self) -> frozenset[int]:
         """Tokens that end an answer of one line: all that hold a line break, and those that end a text."""
 
-    def encode(self, prompts: Sequence[Prompt], answers: Sequence[str] | None = None) -> list[tuple[int, ...]]:
-        """Tokens of each prompt, special ones as for a user's prompt; with `answers`, of each prompt and the text behind it."""
+    def encode(
+        self, prompts: Sequence[Prompt], answers: Sequence[str] | None = None, closed: bool = False
+    ) -> list[tuple[int, ...]]:
+        """Tokens of each prompt, special ones as for a user's prompt; with `answers`, of each prompt and the text behind it.
+
+        `closed`: and of what ends that text: a line break, or in a chat the end of the turn.
+        """
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, without special ones."""

@@ -161,14 +161,14 @@ def first_tokens(
 def answer_tokens(
     model: LastTokens, prompts: Sequence[Prompt], answers: Sequence[str], line: bool = False
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:  # fmt: skip
-    """Tokens of each prompt, and all that its answer adds; with `line`, the end of the answer's line among them.
+    """Tokens of each prompt, and all that its answer adds; with `line`, the end of the answer's line (in a chat: turn) among them.
 
     Raises
     ------
     HeadpatchError
         As :func:`first_tokens`.
     """
-    asked, joint = model.encode(prompts), model.encode(prompts, [f"{a}\n" for a in answers] if line else answers)
+    asked, joint = model.encode(prompts), model.encode(prompts, answers, line)
     found = []
     for ids, whole, answer in zip(asked, joint, answers, strict=True):
         if whole[: len(ids)] != ids or len(whole) == len(ids):
