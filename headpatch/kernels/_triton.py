@@ -165,7 +165,7 @@ def paged(
     q_t, q_h, k_b, k_h, k_d, v_b, v_h, v_d, o_t, o_h, l_t, l_h, y_t, y_h, b_r, g_s, s_s,
     KH: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BT: tl.constexpr, GB: tl.constexpr, COMPLEMENT: tl.constexpr, INPLACE: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STEPS: tl.constexpr, SPAN: tl.constexpr = False,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STEPS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     # Decoding (BT is 1) waits for memory, not for traffic: what can be asked for at once is, needed or not. Prefill reads less.
     EARLY: tl.constexpr = BT == 1
@@ -186,6 +186,16 @@ def paged(
         inside = (t < n_tokens) & (in_group < G)
     ok = inside
 
+    d = tl.arange(0, DP)
+    dv = tl.arange(0, DVP)
+    at_q = (t.to(tl.int64) * q_t + h.to(tl.int64) * q_h)[:, None] + d[None, :]
+    at_o = (t.to(tl.int64) * o_t + h.to(tl.int64) * o_h)[:, None] + dv[None, :]
+    at_lse = t.to(tl.int64) * l_t + h.to(tl.int64) * l_h
+    if EARLY:  # what needs no look-up first, so that it does not stand behind one
+        q = tl.load(Q + at_q, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+        o = tl.load(AO + at_o, mask=inside[:, None] & (dv < DV)[None, :], other=0.0)
+        lse = tl.load(LSE + at_lse, mask=inside, other=float("-inf")).to(tl.float32)
+
     # the row of each token: the last one that starts at or before it. In pure decode (STEPS is 0) it is the token's own number
     lo = tl.minimum(t, n_rows - 1)
     start = tl.load(QUERY_START + lo, mask=ok, other=0)
@@ -202,32 +212,28 @@ def paged(
         start = tl.load(QUERY_START + lo, mask=ok, other=0)
         end = tl.load(QUERY_START + lo + 1, mask=ok, other=0)
     length = tl.load(SEQ_LENS + lo, mask=ok, other=0)
-    block = tl.load(BLOCK_TABLE + lo.to(tl.int64) * b_r, mask=ok, other=0).to(tl.int64)
+    block = tl.load(BLOCK_TABLE + lo.to(tl.int64) * b_r, mask=ok, other=0)
     position = length - end + t
     ok = ok & (start <= t) & (t < end) & (length > 0)
 
+    near = ok & (block > 0)  # rows whose first key can be read
+    at_k = (block.to(tl.int64) * k_b + kv.to(tl.int64) * k_h)[:, None] + (d * k_d)[None, :]
+    at_v = (block.to(tl.int64) * v_b + kv.to(tl.int64) * v_h)[:, None] + (dv * v_d)[None, :]
+    if EARLY:
+        k0 = tl.load(KC + at_k, mask=near[:, None] & (d < D)[None, :], other=0.0)
+        v0 = tl.load(VC + at_v, mask=near[:, None] & (dv < DV)[None, :], other=0.0).to(tl.float32)
     if ROW_SLOT is not None:
         slot = tl.load(ROW_SLOT + lo, mask=ok, other=-1).to(tl.int64)
     else:
-        ok = ok & (block > 0)
+        ok = near
         slot = tl.load(BLOCK_SLOT + block // block_ratio, mask=ok, other=-1).to(tl.int64)
-    near = ok & (block > 0)  # rows whose first key can be read
     ok = ok & (slot >= 0)
     g = tl.load(GAMMA + slot * g_s + h, mask=ok, other=1.0).to(tl.float32)
     hs = tl.full(g.shape, 1.0, tl.float32)
     if HEAD_SCALE is not None:
         hs = tl.load(HEAD_SCALE + slot * s_s + h, mask=ok, other=1.0).to(tl.float32)
-    t = t.to(tl.int64)
-    h = h.to(tl.int64)
-    kv = kv.to(tl.int64)
-    d = tl.arange(0, DP)
-    dv = tl.arange(0, DVP)
-    at_k = (block * k_b + kv * k_h)[:, None] + (d * k_d)[None, :]
-    at_v = (block * v_b + kv * v_h)[:, None] + (dv * v_d)[None, :]
-    if EARLY:
-        k0 = tl.load(KC + at_k, mask=near[:, None] & (d < D)[None, :], other=0.0)
-        v0 = tl.load(VC + at_v, mask=near[:, None] & (dv < DV)[None, :], other=0.0).to(tl.float32)
-    lse = tl.load(LSE + t * l_t + h * l_h, mask=inside if EARLY else ok, other=float("-inf")).to(tl.float32)
+    if not EARLY:
+        lse = tl.load(LSE + at_lse, mask=ok, other=float("-inf")).to(tl.float32)
     seen = ok & (block > 0)
     if WINDOW:
         seen = seen & (position < window)
@@ -244,17 +250,9 @@ def paged(
     hs = tl.where(keep, hs, 1.0)
 
     look = seen & keep
-    q = tl.load(
-        Q + (t * q_t + h * q_h)[:, None] + d[None, :],
-        mask=(inside if EARLY else look)[:, None] & (d < D)[None, :],
-        other=0.0,
-    )
-    o = tl.load(
-        AO + (t * o_t + h * o_h)[:, None] + dv[None, :],
-        mask=(inside if EARLY else write)[:, None] & (dv < DV)[None, :],
-        other=0.0,
-    )
     if not EARLY:
+        q = tl.load(Q + at_q, mask=look[:, None] & (d < D)[None, :], other=0.0)
+        o = tl.load(AO + at_o, mask=write[:, None] & (dv < DV)[None, :], other=0.0)
         k0 = tl.load(KC + at_k, mask=look[:, None] & (d < D)[None, :], other=0.0)
         v0 = tl.load(VC + at_v, mask=look[:, None] & (dv < DV)[None, :], other=0.0).to(tl.float32)
     s = tl.sum(q.to(tl.float32) * k0.to(tl.float32), axis=1) * scale
@@ -274,7 +272,7 @@ def paged(
     y = tl.where((u == 0.0)[:, None], 0.0, o.to(tl.float32) * (u * hs)[:, None])
     y += tl.where((w == 0.0)[:, None], 0.0, v0 * (w * hs)[:, None])  # a value that nobody looks at may be anything
     tl.store(
-        OUT + (t * y_t + h * y_h)[:, None] + dv[None, :], y.to(OUT.dtype.element_ty),
+        OUT + (t.to(tl.int64) * y_t + h.to(tl.int64) * y_h)[:, None] + dv[None, :], y.to(OUT.dtype.element_ty),
         mask=write[:, None] & (dv < DV)[None, :],
     )  # fmt: skip
 

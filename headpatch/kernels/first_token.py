@@ -253,6 +253,29 @@ def tile(H: int, K: int, d: int, dv: int, many: bool) -> tuple[int, int, int, in
     return -(-G // gb), gb, bt, dp, dvp, warps
 
 
+@functools.cache
+def decode_tile(H: int, d: int, dv: int) -> tuple[int, int, int, int, int]:
+    """(programs a token, heads a program, d and dv to the next power of two, warps) where a row has one token.
+
+    Nothing is shared between heads then but their row's numbers, and time goes by waiting: small programs, and no thread with more
+    than one load of each kind.
+    """
+    dp, dvp = (max(16, 1 << (n - 1).bit_length()) for n in (d, dv))
+    widest = max(dp, dvp)
+    gb = max(1, min(8, 1 << (H - 1).bit_length(), _TILE // widest))
+    return -(-H // gb), gb, dp, dvp, max(1, min(8, gb * widest // (32 * _ONE_LOAD)))
+
+
+def paged_tile(H: int, K: int, d: int, dv: int, many: bool) -> tuple[int, int, int, int, int, int]:
+    """(programs a token, heads and tokens a program, d and dv to the next power of two, warps) of the paged kernel."""
+    if not many:
+        programs, gb, dp, dvp, warps = decode_tile(H, d, dv)
+        return programs, gb, 1, dp, dvp, warps
+    head_blocks, gb, bt, dp, dvp, warps = tile(H, K, d, dv, many)
+    return K * head_blocks, gb, bt, dp, dvp, warps
+
+
+_ONE_LOAD = 8  # elements of 16 bits that a thread loads at once
 _TILE = 4096  # elements of q (and of o) a program
 _PER_THREAD = 32  # of which each thread holds so many
 
@@ -307,15 +330,17 @@ def _launch_paged(
     if T == 0 or rows == 0:
         return
     _check_strides(gamma, head_scale, q, o, out)
-    head_blocks, gb, bt, dp, dvp, warps = tile(H, K, d, dv, bool(rows < T))
-    kernel[((T + bt - 1) // bt * (K * head_blocks),)](
+    many = bool(rows < T)
+    programs, gb, bt, dp, dvp, warps = paged_tile(H, K, d, dv, many)
+    kernel[((T + bt - 1) // bt * programs,)](
         q, key_cache, value_cache, o, lse, out, block_table, query_start_loc, seq_lens, gamma, head_scale, block_slot, row_slot,
         sink, k_scale, v_scale,
         T, rows, block_ratio, window, scale, softcap,
         *q.stride()[:2], *_outer(key_cache), *_outer(value_cache), *o.stride()[:2], lse.stride(1), lse.stride(0),
         *out.stride()[:2], block_table.stride(0), gamma.stride(0), 0 if head_scale is None else head_scale.stride(0),
         KH=K, G=H // K, D=d, DV=dv, DP=dp, DVP=dvp, BT=bt, GB=gb, COMPLEMENT=complement, INPLACE=inplace,
-        WINDOW=bool(window > 0), SOFTCAP=bool(softcap > 0.0), STEPS=-(-int(rows).bit_length() // 4) * 4, SPAN=False, num_warps=warps,
+        WINDOW=bool(window > 0), SOFTCAP=bool(softcap > 0.0), STEPS=-(-int(rows).bit_length() // 4) * 4, SPAN=not many,
+        num_warps=warps,
     )  # fmt: skip
 
 

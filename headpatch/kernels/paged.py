@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headpatch.kernels.first_token import merge_first_token_paged, tile, triton_available
+from headpatch.kernels.first_token import merge_first_token_paged, paged_tile, triton_available
 
 __all__ = ["PagedMerge"]
 
-WIDE = 64
-"""Tokens from which on, in decoding, there are programs enough with all heads of a token in one."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -87,8 +85,7 @@ class PagedMerge:
         q_strides, o_strides, l_t, l_h = q.stride(), o.stride(), lse.stride(1), lse.stride(0)
         b_r = block_table.stride(0)
         aligned = not (q.data_ptr() | o.data_ptr()) & 15
-        wide = rows >= tokens >= WIDE
-        key = (rows < tokens, steps, wide, aligned, q_strides, o_strides, l_t, b_r)
+        key = (rows < tokens, steps, aligned, q_strides, o_strides, l_t, b_r)
         head_scale = self.head_scale
         args = (
             q, self.keys, self.values, o, lse, o, block_table, query_start_loc, seq_lens, self.gamma, head_scale,
@@ -114,19 +111,16 @@ class PagedMerge:
         """(what is launched, arguments behind `args`, tokens a program, programs a token) for arguments of this kind."""
         from headpatch.kernels._triton import paged
 
-        many, steps, wide, _, q_strides, o_strides, *_ = key
+        many, steps, _, q_strides, o_strides, *_ = key
         q, keys, o = args[0], args[1], args[3]
         H, K, d, dv = q.shape[1], keys.shape[1], q.shape[2], o.shape[2]
         last = (q_strides[2], o_strides[2], self.gamma.stride(1))
         if H % K or any(s != 1 for s in last) or (self.head_scale is not None and self.head_scale.stride(1) != 1):
             raise ValueError("query heads must be divisible by the cache's KV heads, and last strides be 1")
-        head_blocks, gb, bt, dp, dvp, warps = tile(H, K, d, dv, many)
-        programs = K * head_blocks
-        if wide:  # as if all heads had one KV head
-            programs, gb, _, _, _, warps = tile(H, 1, d, dv, many)
+        programs, gb, bt, dp, dvp, warps = paged_tile(H, K, d, dv, many)
         shape = {
             "KH": K, "G": H // K, "D": d, "DV": dv, "DP": dp, "DVP": dvp, "BT": bt, "GB": gb, "COMPLEMENT": False, "INPLACE": True,
-            "WINDOW": self.window > 0, "SOFTCAP": self.softcap > 0.0, "STEPS": steps, "SPAN": wide,
+            "WINDOW": self.window > 0, "SOFTCAP": self.softcap > 0.0, "STEPS": steps, "SPAN": not many,
         }  # fmt: skip
         compiled = paged.warmup(*args, **shape, num_warps=warps, grid=(1, 1, 1))
         compiled = compiled.result() if hasattr(compiled, "result") else compiled
