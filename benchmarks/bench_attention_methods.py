@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from attention_cases import BEFORE, CASES, Case, Prompt, llava, recipe, tiny_vlm, write_out
 from bench_hf import twin
-from common import PAIRS, RESULTS, Row, alternate, machine, timed, write
+from common import PAIRS, RESULTS, Row, alternate, machine, short_name, timed, write
 from transformers import DynamicCache, StaticCache
 
 import headpatch
@@ -214,7 +214,7 @@ class Session:
 
     def save(self) -> None:
         about = {**machine(self.device), "seed": self.args.seed, "seconds": round(time.monotonic() - self.start)}
-        stem = {"cpu": "cpu", "cuda": "h100"}[self.args.device]
+        stem = short_name(about["device"]) if self.device.type == "cuda" else "cpu"
         with contextlib.redirect_stdout(None):
             write(
                 f"attention_methods_{stem}{'_quick' if self.args.quick else ''}",
@@ -226,7 +226,7 @@ class Session:
 
 
 def measure(args: argparse.Namespace) -> Session:
-    """All jobs, those with a promise first."""
+    """All jobs, methods with a promised prefill first."""
     session, device = Session(args), torch.device(args.device)
     cuda, small = device.type == "cuda", args.quick and device.type == "cpu"
     if cuda or small:
@@ -240,19 +240,26 @@ def measure(args: argparse.Namespace) -> Session:
     picture, text = bench.prompt(short, True), bench.prompt(long, False)
     tokens = bench.plain.config.image_seq_length
     what, beside = f"{short} tokens, {tokens} of them an image's", f"{long} tokens of text"
-    for case in CASES:
-        session.job(f"prefill:{case.method}", lambda case=case: bench.prefill(case, picture, what))
-    for case in (c for c in CASES if c.text_too):
-        session.job(f"prefill-text:{case.method}", lambda case=case: bench.prefill(case, text, beside))
-    if cuda or small:
-        jobs = [f"decode:{case.method}" for case in CASES]
-        if any(map(session.wanted, jobs)):
+    promised, others = [c for c in CASES if c.bound is not None], [c for c in CASES if c.bound is None]
+    fewer: list[Bench] = []
+
+    def decoding() -> Bench:
+        """The models to be compiled, made when they are first needed."""
+        if not fewer:
             shallow = llava(device, bench.plain.dtype, args.seed, small, args.compiled_layers if cuda else 0)
-            fewer = Bench(shallow, f"{args.compiled_layers} layers of it" if cuda else "very small", device, args)
-            for case in CASES:
-                session.job(f"decode:{case.method}", lambda case=case: fewer.decode_static(case, picture, what))
-            del fewer, shallow
-            free(device)
+            fewer.append(
+                Bench(shallow, f"{args.compiled_layers} layers of it" if cuda else "very small", device, args)
+            )
+        return fewer[0]
+
+    for some in (promised, others):
+        for case in some:
+            session.job(f"prefill:{case.method}", lambda case=case: bench.prefill(case, picture, what))
+        for case in (c for c in some if c.text_too):
+            session.job(f"prefill-text:{case.method}", lambda case=case: bench.prefill(case, text, beside))
+        if cuda or small:
+            for case in some:
+                session.job(f"decode:{case.method}", lambda case=case: decoding().decode_static(case, picture, what))
     for case in CASES:
         session.job(f"decode-eager:{case.method}", lambda case=case: bench.decode_eager(case, picture, what))
     return session

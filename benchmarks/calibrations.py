@@ -1,7 +1,11 @@
 """Calibrations of SmolLM2-135M-Instruct whose recipes ship, and what they give on rows that chose nothing.
 
     python benchmarks/calibrations.py --data DIR --work DIR [NAME ...]      # runs those named, or all of them
-    python benchmarks/calibrations.py --work DIR --report                   # writes benchmarks/results/calibrations_smollm2_cpu.*
+    python benchmarks/calibrations.py --work DIR --report                   # writes benchmarks/results/calibrations_smollm2_*
+    python benchmarks/calibrations.py --data DIR --work DIR --device cuda --parallel 4 --deadline 300 act-sst2 act-trec ...
+
+On a GPU, runs of ACT and ZeroTuning measure more than two busy cores can (``ON_GPU``), several share it in processes of their own,
+and those that the deadline ends are named; their work files stay.
 
 DIR of the data holds public data sets, which are no part of this project: ``sst2/train_2000.jsonl`` and ``test.jsonl``,
 ``trec/train.jsonl`` and ``test.jsonl`` (fields text and label), ``bbh/NAME.json`` (BIG-bench Hard, 250 examples each). The prompts
@@ -14,10 +18,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from common import short_name
 from marked_prompts import LABELS as MARKED_LABELS
 
 from headpatch import cli
@@ -33,6 +42,12 @@ YES_NO = ("{input}\\nAnswer:", "Yes, No")
 YES_NO_TASKS = ("navigate", "sports_understanding", "web_of_lies")
 SMALL = ("--effort", "quick", "--width", "3", "--max-steps", "3")
 """For two busy cores; runs that name an effort have settings of their own."""
+_SEARCH = ("--screen", "80,240", "--width", "8", "--max-steps", "12")
+ON_GPU = {
+    "act": ("--slopes", "1", "--beta", "0", "--beta", "0.4", *_SEARCH, "--held-out", "1000"),
+    "zerotuning": ("--slopes", "0.5", *_SEARCH),
+}
+"""By method: every head is measured by itself, published beta and none at all. Fixed before any of these runs was made."""
 RUNS: dict[str, tuple[str, str, str, tuple[str, str], tuple[str, ...]]] = {
     # name: method, train, eval, (template, labels), options
     "pasta-marked-sentences": (
@@ -73,8 +88,20 @@ def find(name: str, data: Path | None, work: Path) -> Path:
     raise SystemExit(f"{name} is not there; give --data")
 
 
-def run(name: str, data: Path | None, work: Path) -> None:
-    method, train, evaluation, (template, labels), options = RUNS[name]
+def settings(name: str, device: str) -> tuple[str, ...]:
+    """Options of a run that say how it searches."""
+    method, *_, options = RUNS[name]
+    if "--effort" in options:
+        return options
+    if device == "cpu":
+        return (*SMALL, *options)
+    few = ("--screen", "30,60", "--held-out", "60") if name.startswith("act-bbh") else ()  # there are 150 rows
+    return ("--effort", "standard", *options, *ON_GPU[method], *few)
+
+
+def run(name: str, data: Path | None, work: Path, device: str) -> None:
+    method, train, evaluation, (template, labels), _ = RUNS[name]
+    started = time.monotonic()
     if train.startswith("bbh") and data is not None:
         yes_no(data, work)
     words = ["calibrate", method, "--model", SHORT_NAME, "--train", str(find(train, data, work))]
@@ -85,8 +112,9 @@ def run(name: str, data: Path | None, work: Path) -> None:
         template,
         "--labels",
         labels,
-        *(() if "--effort" in options else SMALL),
-        *options,
+        *settings(name, device),
+        "--device",
+        device,
     ]
     words += [
         "-o",
@@ -99,6 +127,33 @@ def run(name: str, data: Path | None, work: Path) -> None:
     words += ["--profile", str(work / f"{name}.profile.json")]
     if code := cli.main(words):
         raise SystemExit(code)
+    made = torch.cuda.get_device_name() if device != "cpu" else "cpu"
+    about = {"device": made, "seconds": round(time.monotonic() - started)}
+    (work / f"{name}.run.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+
+
+def together(names: list[str], options: argparse.Namespace) -> None:
+    """Runs in processes of their own, some at a time; none goes on after the deadline."""
+    end, waiting = time.monotonic() + options.deadline, list(names)
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    while waiting or running:
+        late = time.monotonic() > end
+        for name in [n for n, p in running.items() if late or p.poll() is not None]:
+            process = running.pop(name)
+            if process.poll() is None:
+                process.terminate()
+            code = process.wait()
+            print(f"{name}: {'done' if code == 0 else 'cut off' if late else f'exit {code}'}", flush=True)
+        if late:
+            print(*(f"{name}: not begun" for name in waiting), sep="\n", flush=True)
+            return
+        while waiting and len(running) < options.parallel:
+            name = waiting.pop(0)
+            words = [sys.executable, __file__, name, "--work", str(options.work), "--device", options.device]
+            words += ["--data", str(options.data)] if options.data else []
+            with (options.work / f"{name}.log").open("ab") as log:
+                running[name] = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
+        time.sleep(0.2)
 
 
 def rounded(value: float) -> str:
@@ -122,9 +177,11 @@ def line(name: str, recipe: dict[str, Any], profile: dict[str, Any]) -> str:
 
 
 def report(work: Path) -> None:
-    """Collect what is there into the results folder."""
+    """Collect what is there into the results folder; one folder of runs is one device's."""
+    ran = {p.name.split(".")[0]: json.loads(p.read_text(encoding="utf-8")) for p in sorted(work.glob("*.run.json"))}
+    device = next((one["device"] for one in ran.values()), "cpu")
     found, lines = {}, [
-        "# Calibrations of SmolLM2-135M-Instruct, float32, CPU", "",
+        f"# Calibrations of SmolLM2-135M-Instruct, float32, {device.replace('cpu', 'CPU')}", "",
         "Written by `python benchmarks/calibrations.py --report`. Percent of rows that chose nothing; differences in points,",
         "paired by row, with 95 % intervals. *Random*: the same edits on heads drawn at random (of those that the method can",
         "change anything in). *Bias*: accuracy of the untouched model with a fitted bias on the labels. *Alone*: single edits",
@@ -144,7 +201,9 @@ def report(work: Path) -> None:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
         found[name] = {"patches": recipe["patches"], "provenance": recipe["provenance"], "profile": edits["edits"]}
         lines.append(line(name, recipe, edits))
-    target = HERE / "results" / "calibrations_smollm2_cpu"
+    if ran:
+        lines += ["", "Seconds: " + ", ".join(f"{name} {one['seconds']}" for name, one in ran.items()) + "."]
+    target = HERE / "results" / f"calibrations_smollm2_{short_name(device)}"
     target.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     target.with_suffix(".json").write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
 
@@ -155,12 +214,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--report", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    parser.add_argument(
+        "--deadline", type=float, default=float("inf"), help="seconds after which runs are ended, if several share"
+    )
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     if options.report:
         return report(options.work)
-    for name in options.names or RUNS:
-        run(name, options.data, options.work)
+    names = list(options.names or RUNS)
+    if options.parallel > 1:
+        return together(names, options)
+    for name in names:
+        run(name, options.data, options.work, options.device)
     return None
 
 

@@ -128,6 +128,13 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def short_name(device: str) -> str:
+    """What names of result files call a device by its full name: h100, h200, or cpu."""
+    return next(
+        (word for word in ("h100", "h200") if word in device.lower()), "gpu" if "nvidia" in device.lower() else "cpu"
+    )
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():

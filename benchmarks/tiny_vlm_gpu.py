@@ -8,6 +8,11 @@ report.md, sinks.json. Afterwards, on any machine:
 
     python examples/tiny_vlm/train.py --export seed1.safetensors FOLDER         # the checkpoint as an ordinary LLaVA
 
+The conditions alone, on the eyes of seed 1 as it ships, and what came of them added to the other results:
+
+    python benchmarks/tiny_vlm_gpu.py --only sinks --work /tmp/tiny_vlm --out $OUT --parallel 7 --deadline 500
+    python benchmarks/tiny_vlm_gpu.py --merge DIR              # DIR holds sinks.json and results.json; writes benchmarks/results
+
 An H100 was planned with 12 minutes: about 5 for the training, 2 for the measurements, 4 for the conditions.
 """
 
@@ -24,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import short_name
 from tiny_vlm_effects import report, study
 from tiny_vlm_sinks import CONDITIONS, condition, table
 from train import TINY, Plan, train
@@ -31,9 +37,14 @@ from train import TINY, Plan, train
 SEEDS = (1, 2, 3, 4, 5)
 
 
-def jobs(seeds: tuple[int, ...]) -> list[str]:
-    """All jobs, the more urgent ones first."""
-    return [*(f"train:{s}" for s in seeds), *(f"study:{s}" for s in seeds), *(f"sinks:{name}" for name in CONDITIONS)]
+SHIPPED = Path(__file__).parents[1] / "tests" / "data" / "tiny_vlm_seed1.safetensors"
+
+
+def jobs(seeds: tuple[int, ...], only: str = "") -> list[str]:
+    """All jobs, or those of one kind, the more urgent ones first; the longest condition first, which the others do not wait for."""
+    longest = sorted(CONDITIONS, key=lambda name: name != "longer")
+    every = [*(f"train:{s}" for s in seeds), *(f"study:{s}" for s in seeds), *(f"sinks:{name}" for name in longest)]
+    return [job for job in every if not only or job.startswith(f"{only}:")]
 
 
 def result(job: str, work: Path) -> Path:
@@ -114,10 +125,10 @@ def schedule(todo: list[str], work: Path, end: float, options: argparse.Namespac
     return failed
 
 
-def collect(work: Path, out: Path, seeds: tuple[int, ...], failed: dict[str, int]) -> bool:
+def collect(work: Path, out: Path, seeds: tuple[int, ...], failed: dict[str, int], only: str = "") -> bool:
     """Copy results; whether everything is there."""
     out.mkdir(parents=True, exist_ok=True)
-    everything = jobs(seeds)
+    everything = jobs(seeds, only)
     left = [job for job in everything if not result(job, work).is_file()]
     tails = {job: _tail(work / f"{job.replace(':', '_').replace(' ', '_')}.log") for job in failed}
     studies = [json.loads(p.read_text(encoding="utf-8")) for s in seeds if (p := result(f"study:{s}", work)).is_file()]
@@ -134,7 +145,7 @@ def collect(work: Path, out: Path, seeds: tuple[int, ...], failed: dict[str, int
     (out / "report.md").write_text(
         "\n".join([*lines, "", "## Sinks", "", *(table(sinks) if sinks else ["none trained"])]) + "\n"
     )
-    for seed in seeds:
+    for seed in () if only == "sinks" else seeds:
         if (weights := result(f"train:{seed}", work)).is_file():
             shutil.copyfile(weights, out / weights.name)
     print("complete" if not left else f"left: {', '.join(left)}; call this again", flush=True)
@@ -143,13 +154,39 @@ def collect(work: Path, out: Path, seeds: tuple[int, ...], failed: dict[str, int
     return not left
 
 
+def merge(folder: Path, results: Path) -> None:
+    """Add conditions for sinks that were trained by themselves to the results of the seeds."""
+    new = {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("sinks", "results")}
+    device = next(str(one["device"]) for one in new["sinks"])
+    target = results / f"tiny_vlm_{short_name(device)}"
+    old = json.loads(target.with_suffix(".json").read_text(encoding="utf-8"))
+    names = {one["name"] for one in new["sinks"]}
+    sinks = sorted(
+        [*(s for s in old.get("sinks", []) if s["name"] not in names), *new["sinks"]],
+        key=lambda s: [*CONDITIONS].index(s["name"]),
+    )
+    done = {f"sinks:{one['name']}" for one in sinks}
+    whole = {
+        **old, "left": [job for job in old["left"] if job not in done],
+        "training": {**old["training"], **{k: v for k, v in new["results"]["training"].items() if k.startswith("sinks-")}},
+        "sinks": sinks,
+    }  # fmt: skip
+    target.with_suffix(".json").write_text(json.dumps(whole) + "\n", encoding="utf-8")
+    said = target.with_suffix(".md").read_text(encoding="utf-8").split("\n## Sinks\n")[0]
+    target.with_suffix(".md").write_text("\n".join([said, "## Sinks", "", *table(sinks)]) + "\n", encoding="utf-8")
+
+
 def _tail(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")[-2000:] if path.is_file() else ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="kept between calls")
+    parser.add_argument("--work", type=Path, help="kept between calls")
+    parser.add_argument(
+        "--merge", type=Path, metavar="DIR", help="add the conditions for sinks in DIR to benchmarks/results"
+    )
+    parser.add_argument("--only", choices=("train", "study", "sinks"), default="", help="jobs of one kind")
     parser.add_argument("--out", type=Path, help="what comes back")
     parser.add_argument("--deadline", type=float, default=560, help="seconds after which nothing new is begun")
     parser.add_argument("--parallel", type=int, default=6, help="jobs that share the GPU")
@@ -160,12 +197,19 @@ def main() -> None:
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.merge:
+        return merge(options.merge, Path(__file__).parent / "results")
+    if options.work is None:
+        parser.error("--work is needed")
     options.work.mkdir(parents=True, exist_ok=True)
     if options.job:
         return run(options.job, options.work, options.device, options.toy, lambda: time.time() > options.until)
     seeds = tuple(int(s) for s in options.seeds.split(","))
     end = time.time() + options.deadline
-    todo = [job for job in jobs(seeds) if not result(job, options.work).is_file()]
+    eyes = options.work / f"seed{SEEDS[0]}.safetensors"
+    if options.only == "sinks" and not eyes.is_file() and not options.toy:
+        shutil.copyfile(SHIPPED, eyes)
+    todo = [job for job in jobs(seeds, options.only) if not result(job, options.work).is_file()]
     failed: dict[str, int] = {}
     if options.inline:
         for job in todo:
@@ -173,7 +217,7 @@ def main() -> None:
                 run(job, options.work, options.device, options.toy, lambda: time.time() > end)
     else:
         failed = schedule(todo, options.work, end, options)
-    collect(options.work, options.out or options.work / "out", seeds, failed)
+    collect(options.work, options.out or options.work / "out", seeds, failed, options.only)
     return None
 
 
