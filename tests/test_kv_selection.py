@@ -229,7 +229,7 @@ def test_what_cannot_be_is_refused():
         with handle.inputs(prompt_len=[7]), pytest.raises(EngineError, match="ends where the prompt ends"):
             logits(model, ids(1, 20), past_key_values=DynamicCache())
     for bad, message in (
-        ({**patch, "kernel": 4}, "kernel 4 is even"),
+        *(({"method": name, "kernel": 4}, "kernel 4 is even") for name in ("snapkv", "ada_kv", "task_kv")),
         ({"method": "task_kv", "beta": 0.6}, "beta 0.6 is not below ratio 0.5"),
         ({**patch, "heads": ["*.*"]}, "heads: unknown key"),
         ({**patch, "ratio": 0.0}, "ratio: 0.0 is out of range"),

@@ -25,16 +25,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from headpatch.kv.choosing import choose, even_out, share_out, window_scores
-from headpatch.methods.base import Operands, param
-from headpatch.policies import SelectionMethod
+from headpatch.kv.choosing import ObservationWindow, even_out, share_out
+from headpatch.methods.base import param
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class AdaKV(SelectionMethod):
+class AdaKV(ObservationWindow):
     """KV heads keep the tokens that the prompt's last queries attend to most; heads of a layer share one budget."""
 
     window: int = param(32, ge=1, le=4096, help="last tokens of the prompt whose queries choose; always kept")
@@ -42,27 +41,14 @@ class AdaKV(SelectionMethod):
     pool: Literal["avg", "max"] = param("max", help="how neighbours are pooled")
     reduce: Literal["mean", "max"] = param("mean", help="over the query heads that share a KV head")
     safeguard: float = param(0.2, ge=0.0, le=1.0, help="part of the budget that all heads share equally; 1 is SnapKV")
-    sink: int = param(0, ge=0, le=2**20, help="first tokens that are always kept")
 
     name: ClassVar[str] = "ada_kv"
-    needs: ClassVar[tuple[str, ...]] = ("kv_selection", "window_scores")
 
-    def __post_init__(self) -> None:
-        if self.kernel % 2 == 0:
-            raise ValueError(f"kernel {self.kernel} is even; an odd width has a middle")
+    @property
+    def over_group(self) -> str:
+        return self.reduce
 
-    def keeps(self, operand: str) -> bool:
-        return operand == "first_token" and self.sink > 0
-
-    def select(self, operands: Operands) -> tuple[Tensor, ...]:
-        import torch
-
-        attention = operands["window_scores"]
-        n, heads, kv_heads = attention.shape[-1], attention.shape[1], operands["k"].shape[1]
+    def counts(self, scores: Tensor, count: int) -> list[int]:
         forced = self.window + self.sink
-        count = max(self.budget(n), forced)
-        if count >= n:
-            return (torch.arange(n, device=attention.device),) * kv_heads
-        scores = window_scores(attention, heads // kv_heads, self.window, self.kernel, self.pool, self.reduce)
-        shares = share_out(scores[:, self.sink :], kv_heads * (count - forced), self.safeguard)
-        return choose(scores, [forced + c for c in even_out(shares)], self.sink, self.window, n)
+        shares = share_out(scores[:, self.sink :], scores.shape[0] * (count - forced), self.safeguard)
+        return [forced + c for c in even_out(shares)]

@@ -1,20 +1,70 @@
 """What policies that choose tokens have in common: scores from the prompt's last queries, budgets across heads, the choice itself.
 
+:class:`ObservationWindow` is what those share that keep the prompt's best tokens by such scores (`snapkv`, `ada_kv`).
+
 Letters: H query heads, K KV heads, G = H / K, n tokens of the prompt, w queries of the observation window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from headpatch.methods.base import Operands, param
+from headpatch.policies import SelectionMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["BUCKETS", "choose", "even_out", "share_out", "window_scores"]
+__all__ = ["BUCKETS", "ObservationWindow", "check_kernel", "choose", "even_out", "share_out", "window_scores"]
 
 BUCKETS = 4
 """Different lengths that the heads of a layer may have: heads of one length are stored, and attended to, together."""
+
+
+@dataclass(frozen=True)
+class ObservationWindow(SelectionMethod):
+    """Heads keep the window, the first `sink` tokens, and the best of the others by :func:`window_scores`."""
+
+    window: int = param(64, ge=1, le=4096, help="last tokens of the prompt whose queries choose; always kept")
+    kernel: int = param(5, ge=1, le=255, help="width of the pooling over neighbouring tokens; odd")
+    pool: Literal["avg", "max"] = param("avg", help="how neighbours are pooled")
+    sink: int = param(0, ge=0, le=2**20, help="first tokens that are always kept")
+
+    needs: ClassVar[tuple[str, ...]] = ("kv_selection", "window_scores")
+
+    def __post_init__(self) -> None:
+        check_kernel(self.kernel)
+
+    def keeps(self, operand: str) -> bool:
+        return operand == "first_token" and self.sink > 0
+
+    def select(self, operands: Operands) -> tuple[Tensor, ...]:
+        import torch
+
+        attention = operands["window_scores"]
+        n, heads, kv_heads = attention.shape[-1], attention.shape[1], operands["k"].shape[1]
+        count = max(self.budget(n), self.window + self.sink)
+        if count >= n:
+            return (torch.arange(n, device=attention.device),) * kv_heads
+        scores = window_scores(attention, heads // kv_heads, self.window, self.kernel, self.pool, self.over_group)
+        return choose(scores, self.counts(scores, count), self.sink, self.window, n)
+
+    @property
+    def over_group(self) -> str:
+        """How scores of the query heads that share a KV head become one."""
+        return "mean"
+
+    def counts(self, scores: Tensor, count: int) -> list[int]:
+        """Tokens that each head keeps, window and sinks included, `count` on average; scores are [K, n - window]."""
+        return [count] * scores.shape[0]
+
+
+def check_kernel(kernel: int) -> None:
+    """ValueError unless a pooling of this width has a middle."""
+    if kernel % 2 == 0:
+        raise ValueError(f"kernel {kernel} is even; an odd width has a middle")
 
 
 def window_scores(attention: Tensor, groups: int, window: int, kernel: int, pool: str, reduce: str) -> Tensor:

@@ -24,42 +24,13 @@ The question must stand in the prompt's last tokens for this to work well: score
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar
 
-from headpatch.kv.choosing import choose, window_scores
-from headpatch.methods.base import Operands, param
-from headpatch.policies import SelectionMethod
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from headpatch.kv.choosing import ObservationWindow
 
 
 @dataclass(frozen=True)
-class SnapKV(SelectionMethod):
+class SnapKV(ObservationWindow):
     """KV heads keep the tokens of the prompt that its last queries attend to most."""
 
-    window: int = param(64, ge=1, le=4096, help="last tokens of the prompt whose queries choose; always kept")
-    kernel: int = param(5, ge=1, le=255, help="width of the pooling over neighbouring tokens; odd")
-    pool: Literal["avg", "max"] = param("avg", help="how neighbours are pooled")
-    sink: int = param(0, ge=0, le=2**20, help="first tokens that are always kept")
-
     name: ClassVar[str] = "snapkv"
-    needs: ClassVar[tuple[str, ...]] = ("kv_selection", "window_scores")
-
-    def __post_init__(self) -> None:
-        if self.kernel % 2 == 0:
-            raise ValueError(f"kernel {self.kernel} is even; an odd width has a middle")
-
-    def keeps(self, operand: str) -> bool:
-        return operand == "first_token" and self.sink > 0
-
-    def select(self, operands: Operands) -> tuple[Tensor, ...]:
-        import torch
-
-        attention = operands["window_scores"]
-        n, heads, kv_heads = attention.shape[-1], attention.shape[1], operands["k"].shape[1]
-        count = max(self.budget(n), self.window + self.sink)
-        if count >= n:
-            return (torch.arange(n, device=attention.device),) * kv_heads
-        scores = window_scores(attention, heads // kv_heads, self.window, self.kernel, self.pool, "mean")
-        return choose(scores, [count] * kv_heads, self.sink, self.window, n)

@@ -24,7 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from headpatch.kv.choosing import choose, window_scores
+from headpatch.kv.choosing import check_kernel, choose, window_scores
 from headpatch.methods.base import Operands, param
 from headpatch.policies import SelectionMethod
 
@@ -53,8 +53,7 @@ class TaskKV(SelectionMethod):
     needs: ClassVar[tuple[str, ...]] = ("kv_selection", "window_scores", "v", "depth")
 
     def __post_init__(self) -> None:
-        if self.kernel % 2 == 0:
-            raise ValueError(f"kernel {self.kernel} is even; an odd width has a middle")
+        check_kernel(self.kernel)
         if not self.size and self.beta >= self.ratio:
             raise ValueError(
                 f"beta {self.beta} is not below ratio {self.ratio}: nothing would be left for the other heads"
