@@ -50,7 +50,9 @@ def timings(
     device, done, load = model.device, [], []
     first: dict[str, list[float]] = {way: [] for way in WAYS}
     times: dict[str, list[float]] = {way: [] for way in WAYS}
-    same = {way: [0, 0] for way, (_, recipe) in WAYS.items() if recipe}
+    same = {
+        way: [0, 0] for way, (_, recipe) in WAYS.items() if recipe and all(recipe in k for k in kept_recipes.values())
+    }
 
     def asked(inputs: Any, tokens: int) -> tuple[float, Any]:
         if device.type == "cuda":
@@ -84,7 +86,7 @@ def timings(
                     times[way].append(took)
                     if handle is not None:
                         handle.remove()
-                    if recipe and not again:
+                    if way in same and not again:
                         text = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
                         same[way][0] += said_alike(text, kept[recipe][i])
                         same[way][1] += 1

@@ -144,7 +144,7 @@ def latency_lines(run: dict[str, Any], device: str) -> list[str]:
         ]
         made.append(f"| {m} | {first:.1f} | {run['whole answer, ms'][m]:.1f} | {' | '.join(ratios)} |")
     held = "; ".join(f"{k} {v}" for k, v in run["answers as measured"].items())
-    return [*made, "", f"Recipes answered as in the table of accuracies: {held}."]
+    return [*made, "", *([f"Recipes answered as in the table of accuracies: {held}."] if held else [])]
 
 
 def figure(data: dict[str, Any], path: Path) -> None:
