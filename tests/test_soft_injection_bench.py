@@ -18,6 +18,7 @@ import soft_injection
 import soft_injection_latency as latency_of
 import soft_injection_parts as parts_of
 import soft_injection_report as report_of
+import soft_injection_stand_in as stand_in
 
 
 def result(*tasks: str, right: int = 1, whole: bool = False, heads: Any = None) -> dict[str, Any]:
@@ -183,3 +184,15 @@ def test_latency_is_added_to_a_result_under_its_own_machine(tmp_path: Path, monk
     assert "**not the machine of the accuracies** (a GPU)" in text and run["machine"]["device"] in text
     with pytest.raises(SystemExit, match="timed already"):
         latency_of.main([str(out)])
+
+
+def test_latency_of_recipes_that_were_made_up(tmp_path: Path) -> None:
+    """No data and nothing learned: the same measurement, and no word on answers."""
+    model = save_tiny_model(tmp_path / "m")
+    given = ["--model", str(model), "--device", "cpu", "--dtype", "float32", "--queries", "2", "--rounds", "1"]
+    stand_in.main([*given, "--out", str(tmp_path)])
+    (run,) = json.loads((tmp_path / "soft_injection_latency_cpu.json").read_text("utf-8"))
+    assert run["calls"] == 2 and run["answers as measured"] == {} and run["heads"] > 1
+    assert set(run["whole answer / ICL"]) == {"zero-shot", "function vector", "soft injection"}
+    assert run["prompt tokens"]["few"] > 5 * run["prompt tokens"]["zero"]
+    assert "Recipes answered" not in (tmp_path / "soft_injection_latency_cpu.md").read_text("utf-8")

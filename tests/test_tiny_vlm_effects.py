@@ -163,3 +163,34 @@ def test_a_lease_in_processes(tmp_path: Path) -> None:
     assert lease.result("train:1", tmp_path).is_file()
     assert set(failed) == {"sinks:nowhere"}
     assert "KeyError" in lease._tail(tmp_path / "sinks_nowhere.log")
+
+
+def test_conditions_that_were_trained_by_themselves_join_the_results(tmp_path: Path) -> None:
+    """What is left gets less, a condition that was there is replaced, and the tables of the seeds stay as they are."""
+
+    def found(name: str, phi: float) -> dict[str, Any]:
+        return {"name": name, "layers": [{"phi": phi}], "verdict": {"refused": "none"}, "device": "NVIDIA H100"}
+
+    assert lease.jobs((1,), "sinks")[0] == "sinks:longer" and set(lease.jobs((1,))) > set(lease.jobs((1,), "sinks"))
+    results, new = tmp_path / "results", tmp_path / "new"
+    results.mkdir()
+    new.mkdir()
+    old = {
+        "left": ["sinks:base", "sinks:longer"],
+        "training": {"seed1": {}},
+        "studies": [1],
+        "sinks": [found("base", 1)],
+    }
+    (results / "tiny_vlm_h100.json").write_text(json.dumps(old))
+    (results / "tiny_vlm_h100.md").write_text("# Seeds\n\n## Sinks\n\nnone trained\n")
+    (new / "sinks.json").write_text(json.dumps([found("longer", 3), found("base", 2)]))
+    (new / "results.json").write_text(
+        json.dumps({"training": {"sinks-longer": {"seconds": 1}, "seed1": {"other": 1}}})
+    )
+    lease.merge(new, results)
+    whole = json.loads((results / "tiny_vlm_h100.json").read_text())
+    assert whole["left"] == [] and whole["studies"] == [1]
+    assert whole["training"] == {"seed1": {}, "sinks-longer": {"seconds": 1}}
+    assert whole["sinks"] == [found("base", 2), found("longer", 3)]
+    text = (results / "tiny_vlm_h100.md").read_text()
+    assert text.startswith("# Seeds\n\n## Sinks\n\n| condition | phi |") and "none trained" not in text
