@@ -135,12 +135,13 @@ def _layers(attend: Any, H: int, K: int, d: int, hidden: int, rows: int) -> dict
     start = torch.arange(rows + 1, device=CUDA, dtype=torch.int32)
     lens = torch.full((rows,), length - 3, device=CUDA, dtype=torch.int32)
     slot = torch.arange(len(cache), device=CUDA, dtype=torch.int32) // each % 9
-    gamma, scales = torch.rand(9, H, device=CUDA) * 1.5 + 0.5, torch.rand(9, H, device=CUDA) + 0.5
+    gamma, scales = torch.rand(17, H, device=CUDA) * 1.5 + 0.5, torch.rand(17, H, device=CUDA) + 0.5
     weight = torch.randn(H * d, hidden, device=CUDA, dtype=torch.bfloat16)
     o, y = torch.empty_like(q), torch.empty(rows, hidden, device=CUDA, dtype=torch.bfloat16)
     shared: dict[str, Any] = {"scale": d**-0.5, "head_scale": scales, "block_slot": slot}
     views = cache[..., :d], cache[..., d:]
     merge = PagedMerge(*views, gamma, **shared)
+    more = PagedMerge(*views, gamma.repeat(3, 1), **{**shared, "head_scale": scales.repeat(3, 1)})
 
     def run(edit: Callable[[Tensor], Any] | None) -> Callable[[], None]:
         def step() -> None:
@@ -161,6 +162,7 @@ def _layers(attend: Any, H: int, K: int, d: int, hidden: int, rows: int) -> dict
         ),
         "kept, rows searched": lambda lse: merge(q, o, lse, table, start, lens, False),
         "kept, one token a row": lambda lse: merge(q, o, lse, table, start, lens, True),
+        "the same with 51 slots": lambda lse: more(q, o, lse, table, start, lens, True),
     }
     found = {}
     for name, edit in kinds.items():

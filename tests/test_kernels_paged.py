@@ -23,8 +23,8 @@ def test_paged_rows_with_their_own_recipes(backend, new, which, layout):
 
 @backends
 def test_paged_decode_of_many_rows(backend):
-    for H, K, d in ((8, 2, 32), (3, 3, 64)):
-        case = Paged(3, rows=tuple((1, 2 + 3 * i) for i in range(20)), padding=0, H=H, K=K, d=d)
+    for H, K, d, slots in ((8, 2, 32, 17), (3, 3, 64, 3), (3, 3, 64, 33)):
+        case = Paged(3, rows=tuple((1, 2 + 3 * i) for i in range(40)), padding=0, H=H, K=K, d=d, slots=slots)
         y, want, _ = case.run(backend, False)
         close(y, want, torch.float32, factor=30)
 

@@ -165,7 +165,7 @@ def paged(
     q_t, q_h, k_b, k_h, k_d, v_b, v_h, v_d, o_t, o_h, l_t, l_h, y_t, y_h, b_r, g_s, s_s,
     KH: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     BT: tl.constexpr, GB: tl.constexpr, COMPLEMENT: tl.constexpr, INPLACE: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STEPS: tl.constexpr, SPAN: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, STEPS: tl.constexpr, SPAN: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     # Decoding (BT is 1) waits for memory, not for traffic: what can be asked for at once is, needed or not. Prefill reads less.
     EARLY: tl.constexpr = BT == 1
@@ -195,6 +195,13 @@ def paged(
         q = tl.load(Q + at_q, mask=inside[:, None] & (d < D)[None, :], other=0.0)
         o = tl.load(AO + at_o, mask=inside[:, None] & (dv < DV)[None, :], other=0.0)
         lse = tl.load(LSE + at_lse, mask=inside, other=float("-inf")).to(tl.float32)
+    ALL: tl.constexpr = EARLY and SLOTS <= 32  # all recipes' numbers, before it is known whose they should be
+    if ALL:
+        every = tl.arange(0, triton.next_power_of_2(SLOTS))
+        there = (every < SLOTS)[:, None] & inside[None, :]
+        g_all = tl.load(GAMMA + every[:, None] * g_s + h[None, :], mask=there, other=1.0).to(tl.float32)
+        if HEAD_SCALE is not None:
+            hs_all = tl.load(HEAD_SCALE + every[:, None] * s_s + h[None, :], mask=there, other=1.0).to(tl.float32)
 
     # the row of each token: the last one that starts at or before it. In pure decode (STEPS is 0) it is the token's own number
     lo = tl.minimum(t, n_rows - 1)
@@ -228,10 +235,16 @@ def paged(
         ok = near
         slot = tl.load(BLOCK_SLOT + block // block_ratio, mask=ok, other=-1).to(tl.int64)
     ok = ok & (slot >= 0)
-    g = tl.load(GAMMA + slot * g_s + h, mask=ok, other=1.0).to(tl.float32)
-    hs = tl.full(g.shape, 1.0, tl.float32)
-    if HEAD_SCALE is not None:
-        hs = tl.load(HEAD_SCALE + slot * s_s + h, mask=ok, other=1.0).to(tl.float32)
+    hs = tl.full(lo.shape, 1.0, tl.float32)
+    if ALL:
+        mine = every[:, None] == slot[None, :]
+        g = tl.where(ok, tl.sum(tl.where(mine, g_all, 0.0), axis=0), 1.0)
+        if HEAD_SCALE is not None:
+            hs = tl.where(ok, tl.sum(tl.where(mine, hs_all, 0.0), axis=0), 1.0)
+    else:
+        g = tl.load(GAMMA + slot * g_s + h, mask=ok, other=1.0).to(tl.float32)
+        if HEAD_SCALE is not None:
+            hs = tl.load(HEAD_SCALE + slot * s_s + h, mask=ok, other=1.0).to(tl.float32)
     if not EARLY:
         lse = tl.load(LSE + at_lse, mask=ok, other=float("-inf")).to(tl.float32)
     seen = ok & (block > 0)

@@ -340,7 +340,7 @@ def _launch_paged(
         *out.stride()[:2], block_table.stride(0), gamma.stride(0), 0 if head_scale is None else head_scale.stride(0),
         KH=K, G=H // K, D=d, DV=dv, DP=dp, DVP=dvp, BT=bt, GB=gb, COMPLEMENT=complement, INPLACE=inplace,
         WINDOW=bool(window > 0), SOFTCAP=bool(softcap > 0.0), STEPS=-(-int(rows).bit_length() // 4) * 4, SPAN=not many,
-        num_warps=warps,
+        SLOTS=int(gamma.shape[0]), num_warps=warps,
     )  # fmt: skip
 
 

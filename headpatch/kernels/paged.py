@@ -120,7 +120,7 @@ class PagedMerge:
         programs, gb, bt, dp, dvp, warps = paged_tile(H, K, d, dv, many)
         shape = {
             "KH": K, "G": H // K, "D": d, "DV": dv, "DP": dp, "DVP": dvp, "BT": bt, "GB": gb, "COMPLEMENT": False, "INPLACE": True,
-            "WINDOW": self.window > 0, "SOFTCAP": self.softcap > 0.0, "STEPS": steps, "SPAN": not many,
+            "WINDOW": self.window > 0, "SOFTCAP": self.softcap > 0.0, "STEPS": steps, "SPAN": not many, "SLOTS": self.gamma.shape[0],
         }  # fmt: skip
         compiled = paged.warmup(*args, **shape, num_warps=warps, grid=(1, 1, 1))
         compiled = compiled.result() if hasattr(compiled, "result") else compiled
