@@ -130,14 +130,14 @@ def measure(
     long: int,
     count: int,
     pairs: int,
-    only: str,
+    only: Sequence[str],
     save: Callable[[list[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
     """All cases, each warmed up once and then measured in alternated pairs; what there is, is saved after each."""
-    found = []
-    for name, (make, tokens, mixed) in cases(vocabulary, long, count, 7).items():
-        if only not in name:
-            continue
+    found: list[dict[str, Any]] = []
+    named = cases(vocabulary, long, count, 7)
+    for name in dict.fromkeys(n for part in only for n in named if part in n):
+        make, tokens, mixed = named[name]
         warm = make()
         names = [f"r{i % 8}" if mixed else "r0" for i in range(len(warm))]
         for engine in (untouched, patched):
@@ -184,7 +184,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--long", type=int, default=7680, help="prompt length of the prefill cases")
     parser.add_argument("--prompts", type=int, default=8, help="prompts of the prefill cases")
     parser.add_argument("--share", type=float, default=0.4, help="share of the device's memory for each engine")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument(
+        "--only", nargs="*", default=[""], help="cases whose name contains one of these, in this order"
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument(
         "--option",
