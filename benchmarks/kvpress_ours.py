@@ -119,15 +119,18 @@ def ours(asked: dict[str, Any], quick: bool) -> dict[str, Any]:
     return made
 
 
-def table(asked: dict[str, Any], sides: dict[str, Any]) -> list[str]:
+def table(data: dict[str, Any]) -> list[str]:
     """As Markdown."""
-    sums = {side: both.summary(made) for side, made in sides.items()}
-    tokens = len(asked["long"]) + both.STEPS
+    sides = {side: data[side] for side in ("headpatch", "kvpress")}
+    sums, tokens = {side: both.summary(made) for side, made in sides.items()}, data["settings"]["tokens"]
     lines = ["# kvpress_side", ""]
     for side, made in sides.items():
         lines += [f"{side}: {', '.join(f'{k} {v}' for k, v in made['about'].items())}", ""]
-    same = [a == b for a, b in zip(*(made["policies"]["full"]["wrote"] for made in sides.values()), strict=True)]
-    lines += [f"Untouched, both sides write the same answer to {sum(same)} of {len(same)} prompts.", ""]
+    same = []
+    for name in sums["kvpress"]:
+        wrote = [made["policies"][name]["wrote"] for made in sides.values()]
+        same.append(f"{name} {sum(a == b for a, b in zip(*wrote, strict=True))}")
+    lines += [f"Prompts, of {len(wrote[0])}, to which both sides write the same text: {', '.join(same)}.", ""]
     columns = ("policy, share removed", "side", f"MiB after {tokens} tokens", "of untouched", "ms per token", "against untouched",
                "needles found")  # fmt: skip
     lines += [f"| {' | '.join(columns)} |", "| --- |" + " --- |" * (len(columns) - 1)]
@@ -155,22 +158,23 @@ def main() -> None:
     second.add_argument("prompts", type=Path)
     second.add_argument("--theirs", type=Path, required=True)
     second.add_argument("--note", help="about the machine, say, what else it did")
-    second.add_argument("--out", type=Path, default=RESULTS)
+    third = commands.add_parser("table", help="again, from what was measured")
+    for command in (second, third):
+        command.add_argument("--out", type=Path, default=RESULTS)
     second.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     if given.command == "prompts":
         prompts(locate(given.model), given.out)
         return
-    asked = both.read(given.prompts)
-    sides = {"headpatch": ours(asked, given.quick), "kvpress": both.read(given.theirs)}
-    data = {
-        "settings": {k: v for k, v in asked.items() if k in ("sink", "recent", "scores")},
-        "note": given.note,
-        **sides,
-    }
-    (given.out / "kvpress_side_cpu.json").write_text(json.dumps(data) + "\n")
-    lines = table(asked, sides) + (["", given.note] if given.note else [])
-    (given.out / "kvpress_side_cpu.md").write_text("\n".join(lines) + "\n")
+    path = given.out / "kvpress_side_cpu.json"
+    if given.command == "measure":
+        asked = both.read(given.prompts)
+        settings = {k: asked[k] for k in ("sink", "recent", "scores")} | {"tokens": len(asked["long"]) + both.STEPS}
+        sides = {"headpatch": ours(asked, given.quick), "kvpress": both.read(given.theirs)}
+        path.write_text(json.dumps({"settings": settings, "note": given.note, **sides}) + "\n")
+    data = both.read(path)
+    lines = table(data) + (["", data["note"]] if data["note"] else [])
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
