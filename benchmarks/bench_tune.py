@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 from bench_hf import twin
-from common import RESULTS, Row, alternate, machine, write
+from common import RESULTS, Row, alternate, machine, timed, write
 
 from headpatch import tune
 from headpatch.commands.generate import load
 from headpatch.demo_model import SHORT_NAME
+from headpatch.tune.guard import ClearGradient, restriction_of
 
 BOUND = 1.02
 
@@ -51,8 +52,8 @@ def loaded(given: argparse.Namespace) -> Any:
     return base
 
 
-def stepper(base: Any, given: argparse.Namespace, restricted: bool) -> Callable[[], None]:
-    """A training step of one of the two."""
+def stepper(base: Any, given: argparse.Namespace, restricted: bool) -> tuple[Callable[[], None], Any]:
+    """A training step of one of the two, and the model that takes it."""
     torch.manual_seed(0)
     model = adapted(base, restricted, given.rank).train()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -66,7 +67,27 @@ def stepper(base: Any, given: argparse.Namespace, restricted: bool) -> Callable[
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return step, model
+
+
+def hooks_alone(model: Any, device: torch.device) -> str:
+    """What the hooks and the check before a forward take, without a model around them: in milliseconds of a step."""
+    factors = [(w.detach().clone().requires_grad_(), m.keep) for _, w, m in restriction_of(model).factors()]
+
+    def backward() -> None:
+        torch.stack([w.sum() for w, _ in factors]).sum().backward()
+        for w, _ in factors:
+            w.grad = None
+
+    def took(run: Callable[[], None]) -> float:
+        run()
+        return statistics.median(timed(run, device) for _ in range(20))
+
+    without = took(backward)
+    for weight, keep in factors:
+        weight.register_hook(ClearGradient(keep))
+    hooks, check = took(backward) - without, took(restriction_of(model).arm)
+    return f"{len(factors)} hooks take {hooks:.2f} ms, the check before a forward {check:.2f} ms"
 
 
 def memory(given: argparse.Namespace, restricted: bool) -> float:
@@ -78,7 +99,7 @@ def memory(given: argparse.Namespace, restricted: bool) -> float:
 
 def peak(given: argparse.Namespace) -> None:
     base = loaded(given)
-    step, device = stepper(base, given, given.peak == "restricted"), base.device
+    (step, _), device = stepper(base, given, given.peak == "restricted"), base.device
     step()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -112,7 +133,9 @@ def main() -> None:
         return
     base = loaded(given)
     device = base.device
-    plain, again, mine = (stepper(twin(base), given, restricted) for restricted in (False, False, True))
+    (plain, _), (again, _), (mine, model) = (
+        stepper(twin(base), given, restricted) for restricted in (False, False, True)
+    )
     what = f"{given.batch} x {given.length} tokens, rank {given.rank}" + (
         ", checkpointing" if given.checkpointing else ""
     )
@@ -122,7 +145,8 @@ def main() -> None:
     sizes = [(memory(given, False), memory(given, True)) for _ in range(3)]
     row.memory_ratio = statistics.median(b for _, b in sizes) / statistics.median(a for a, _ in sizes)
     extra = [
-        f"peak memory, MiB (plain, restricted), three processes each: {json.dumps([[round(x, 1) for x in pair] for pair in sizes])}"
+        f"peak memory, MiB (plain, restricted), three processes each: {json.dumps([[round(x, 1) for x in pair] for pair in sizes])}",
+        hooks_alone(model, device),
     ]
     write(f"tune_{device.type}", [row, null], machine(device), extra, given.out)
 
