@@ -67,6 +67,7 @@ class Worker:
         self.steps: dict[int, Any] = {}
         self.scratch: dict[Any, Any] = {}
         self.batch: list[Running] = []
+        self._ordered: list[str] | None = None
         self._requests: dict[str, Running] = {}
         self._worker = weakref.ref(worker)
         _by_config[id(self.vllm_config)] = self
@@ -104,7 +105,8 @@ class Worker:
         for recipe in self.armed.recipes.values():
             tables.put(recipe, pinned=True)
         windowed = any(patch.window for patch in self.layers)
-        self.by_rows = windowed or self.armed.rows or self.armed.segments
+        # On a GPU a row's own number is there at once; by its first block the kernel would wait for memory once more.
+        self.by_rows = windowed or self.armed.rows or self.armed.segments or device.type == "cuda"
         if self.by_rows:
             self._watch_rows(runner)
         sizes = {
@@ -213,11 +215,14 @@ class Worker:
                 slot = self.tables.put(unpack(wire["body"]))
             self.tables.use(slot)
         self._requests[new.req_id] = Running.of(slot, prompt_len(new), wire or {})
+        self._ordered = None  # it may come where one of its name was
         return slot
 
     def order(self, request_ids: Any) -> None:
         """Write the maps by row for a batch in this order."""
-        if self.tables is not None:
+        ids = list(request_ids)
+        if self.tables is not None and ids != self._ordered:  # a batch that decodes is the same for many steps
+            self._ordered = ids
             self.batch = [self._requests.get(request_id, Running()) for request_id in request_ids]
             self.tables.order([(request.slot, request.prompt) for request in self.batch])
 

@@ -220,6 +220,8 @@ def paged(
         end = tl.load(QUERY_START + lo + 1, mask=ok, other=0)
     length = tl.load(SEQ_LENS + lo, mask=ok, other=0)
     block = tl.load(BLOCK_TABLE + lo.to(tl.int64) * b_r, mask=ok, other=0)
+    if ROW_SLOT is not None:
+        slot = tl.load(ROW_SLOT + lo, mask=ok, other=-1).to(tl.int64)
     position = length - end + t
     ok = ok & (start <= t) & (t < end) & (length > 0)
 
@@ -229,9 +231,7 @@ def paged(
     if EARLY:
         k0 = tl.load(KC + at_k, mask=near[:, None] & (d < D)[None, :], other=0.0)
         v0 = tl.load(VC + at_v, mask=near[:, None] & (dv < DV)[None, :], other=0.0).to(tl.float32)
-    if ROW_SLOT is not None:
-        slot = tl.load(ROW_SLOT + lo, mask=ok, other=-1).to(tl.int64)
-    else:
+    if ROW_SLOT is None:
         ok = near
         slot = tl.load(BLOCK_SLOT + block // block_ratio, mask=ok, other=-1).to(tl.int64)
     ok = ok & (slot >= 0)
