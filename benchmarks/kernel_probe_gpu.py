@@ -1,6 +1,6 @@
 """The fused first-token kernel on this GPU: bandwidth against a copy's, host time of a call, torch.compile, tile sizes.
 
-    python benchmarks/kernel_probe_gpu.py [--budget 60] [--only kernel,paged,layer,host,compile,tune]
+    python benchmarks/kernel_probe_gpu.py [--budget 60] [--only kernel,paged,layer,order,host,compile,tune]
 
 A development aid, not part of `make bench`. The floor counts q and o read and the result written; heads 32/8, d 128, bf16.
 """
@@ -8,9 +8,14 @@ A development aid, not part of `make bench`. The floor counts q and o read and t
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
+import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -178,6 +183,100 @@ def _layers(attend: Any, H: int, K: int, d: int, hidden: int, rows: int) -> dict
     return found
 
 
+def order(probe: Probe) -> None:
+    """The edit's own time behind FlashAttention 3 in a prompt, by the order in which its programs go over tokens and heads.
+
+    What attention wrote last may still lie in the second-level cache, and half of what the edit reads is just that.
+    """
+    print(
+        "\n== paged kernel behind FlashAttention 3 in prompts: us of the edit alone, median of 20, by the order of its programs"
+    )
+    for name, H, K, d, hidden, rows, each in (
+        ("8B, 16 x 512", 32, 8, 128, 4096, 16, 512),
+        ("8B, 1 x 7680", 32, 8, 128, 4096, 1, 7680),
+        ("SmolLM2, 16 x 512", 9, 3, 64, 576, 16, 512),
+    ):
+        for which, lines in ORDERS.items():
+            probe(f"{name}: {which}", lambda s=(H, K, d, hidden, rows, each), x=lines: _behind(*s, x))
+
+
+_LAST = "    pid = tl.num_programs(0) - 1 - pid\n"
+_HEADS = "    pid = pid % ({tokens}) * ({heads}) + pid // ({tokens})\n"
+ORDERS = {
+    "as it is": "",
+    "last tokens first": _LAST,
+    "head by head": _HEADS,
+    "head by head, last first": _LAST + _HEADS,
+}
+"""Lines that come behind the program's number in the kernel's source."""
+NUMBER = "    pid = tl.program_id(0)\n    r = tl.arange(0, BT * GB)\n"
+
+
+def _behind(H: int, K: int, d: int, hidden: int, rows: int, each: int, lines: str) -> str:
+    """Run one variant of the kernel in a layer and read its time from the profiler."""
+    from torch.profiler import ProfilerActivity, profile
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    from headpatch.kernels import _triton
+
+    lines = lines.format(heads="KH * ((G + GB - 1) // GB)", tokens="tl.cdiv(n_tokens, BT)")
+    source = Path(_triton.__file__).read_text()
+    assert source.count(NUMBER) == 1
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"variant_{abs(hash(lines))}.py"
+        file.write_text(source.replace(NUMBER, NUMBER.replace("    r =", lines + "    r =")))
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        assert spec is not None and spec.loader is not None
+        variant = importlib.util.module_from_spec(spec)
+        sys.modules[file.stem] = variant
+        spec.loader.exec_module(variant)
+        kept, _triton.paged = _triton.paged, variant.paged
+        try:
+            run = _layer(flash_attn_varlen_func, H, K, d, hidden, rows, each)
+            for _ in range(3):
+                run()
+            torch.cuda.synchronize()
+            with profile(activities=[ProfilerActivity.CUDA]) as trace:
+                for _ in range(20):
+                    run()
+                torch.cuda.synchronize()
+        finally:
+            _triton.paged = kept
+    times = [e.device_time for e in trace.events() if e.name.startswith("paged")]
+    size = 3 * rows * each * H * d * 2
+    middle = statistics.median(times)
+    return f"{middle:7.2f} us ({min(times):.2f}-{max(times):.2f})   {size / middle / 1e6:5.2f} TB/s"
+
+
+def _layer(attend: Any, H: int, K: int, d: int, hidden: int, rows: int, each: int) -> Callable[[], None]:
+    """Attention over a paged cache, edit, projection, for prompts."""
+    size, T = 16, rows * each
+    blocks = -(-each // size)
+    q = torch.randn(T, H, d, device=CUDA, dtype=torch.bfloat16)
+    cache = torch.randn(rows * blocks + 1, K, size, 2 * d, device=CUDA, dtype=torch.bfloat16)
+    keys, values = (cache[..., i * d : (i + 1) * d].transpose(1, 2) for i in range(2))
+    table = torch.arange(1, rows * blocks + 1, device=CUDA, dtype=torch.int32).view(rows, blocks)
+    start = torch.arange(rows + 1, device=CUDA, dtype=torch.int32) * each
+    lens = torch.full((rows,), each, device=CUDA, dtype=torch.int32)
+    slot = torch.arange(rows, device=CUDA, dtype=torch.int32) % 9
+    gamma, scales = torch.rand(17, H, device=CUDA) * 1.5 + 0.5, torch.rand(17, H, device=CUDA) + 0.5
+    weight = torch.randn(H * d, hidden, device=CUDA, dtype=torch.bfloat16)
+    o, y = torch.empty_like(q), torch.empty(T, hidden, device=CUDA, dtype=torch.bfloat16)
+    merge = PagedMerge(
+        cache[..., :d], cache[..., d:], gamma, scale=d**-0.5, head_scale=scales, row_slot=slot, rows=256
+    )
+
+    def run() -> None:
+        _, lse = attend(
+            q, keys, values, max_seqlen_q=each, cu_seqlens_q=start, max_seqlen_k=each, seqused_k=lens, block_table=table,
+            softmax_scale=d**-0.5, causal=True, out=o, return_softmax_lse=True, fa_version=3,
+        )  # fmt: skip
+        merge(q, o, lse, table, start, lens)
+        torch.mm(o.view(T, H * d), weight, out=y)
+
+    return run
+
+
 def host(probe: Probe) -> None:
     """What a call costs the host: what counts in plain eager decoding."""
     print("\n== host time of one call, us (decode shape, device idle)")
@@ -263,5 +362,13 @@ if __name__ == "__main__":
     parser.add_argument("--budget", type=float, default=60.0, help="seconds, start-up included")
     parser.add_argument("--only", default="", help="comma-separated sections")
     args = parser.parse_args()
-    table = {"kernel": kernel, "paged": paged, "layer": layer, "host": host, "compile": compiled, "tune": tune}
+    table = {
+        "kernel": kernel,
+        "paged": paged,
+        "layer": layer,
+        "order": order,
+        "host": host,
+        "compile": compiled,
+        "tune": tune,
+    }
     sections(table, args.only, args.budget)
