@@ -252,6 +252,23 @@ def test_long_prompts_in_slices_are_the_same(monkeypatch, size):
         torch.testing.assert_close(call(), want[name], rtol=1e-6, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("complement", [True, False])
+def test_long_prompts_in_few_large_slices(monkeypatch, dtype, complement):
+    """Scores are had at once, those of half precision converted slice by slice; queries and outputs are views of rows of heads."""
+    monkeypatch.setattr(plain, "SLICE", 50 * 6 * 16)
+    monkeypatch.setattr(plain, "LONGER", 3)
+    case = Case(lq=230, lk=230, dtype=dtype)
+    case.visible[1, :, :, :2] = False  # a padded row, whose first token is not its first key
+    case.first[1] = 2
+    case.gamma.clamp_(min=0.2)
+    case.q = case.q.transpose(1, 2).contiguous().transpose(1, 2)
+    y = case.run("torch", complement, first=case.first[:, 0])
+    want = case.expected()
+    real = case.visible.any(-1).squeeze(1)
+    close(y[real], want[real], dtype, factor=30 if dtype != torch.bfloat16 else 4)
+
+
 def test_bad_shapes_are_refused():
     case = Case()
     with pytest.raises(ValueError, match="does not fit"):

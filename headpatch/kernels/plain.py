@@ -17,7 +17,11 @@ EMPTY = -3.0e4
 TINY = 1.0e-6
 """In correction mode a row whose denominator is smaller has no digits left; it stays as it is."""
 SLICE = 1 << 18
-"""Elements of q (b * H * d * queries) worked on at a time."""
+"""Elements of q (b * H * d * queries) worked on at a time, where each slice takes many operations."""
+LONGER = 8
+"""By how much slices are longer where each takes two operations."""
+ROWS = 64
+"""Queries from which on a product for each row of the batch is worth its calls."""
 
 
 def coefficients(
@@ -74,12 +78,29 @@ def merge_dense(
         return _one_query(q.to(work), k, v, o, lse.to(work), gamma.to(work), head_scale, scale, softcap)
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, o, lse, gamma))
     whole = grad or torch.compiler.is_compiling()
-    size = lq if whole else max(1, SLICE // (b * H * q.shape[3]))
+    # Scores of one first token a row are small and had at once; a first token for each query has keys as large as q.
+    at_once = not whole and (first is None or first.dim() == 1)
+    size = lq if whole else max(1, (SLICE * LONGER if at_once else SLICE) // (b * H * q.shape[3]))
     out = None if whole else (o.transpose(1, 2) if inplace else q.new_empty((b, lq, H, o.shape[3]), dtype=o.dtype))
     g = gamma.to(work).view(1, H, 1)
     c = None if head_scale is None else head_scale.to(work).view(1, H, 1)
     z = None if sink is None else sink.to(work).view(1, H, 1)
 
+    def shares(i: int, j: int) -> tuple[Tensor, Tensor, Tensor]:
+        """u, w [b, H, j - i] and the first token's value [b, H, 1 or j - i, dv] for queries i:j."""
+        k0, v0, bias, seen = _first_token(k, v, first, mask, kv_offset, window, q_start, lq, i, j)
+        lc = lse[:, :, max(i - shift, 0) : j - shift].to(work)
+        if i < shift:  # query 0 saw nothing else
+            lc = torch.cat([lc.new_full((b, H, 1), -math.inf), lc], 2)
+        s = cap(_scores(q[:, :, i:j], k0.to(work), whole) * scale, softcap)
+        if bias is not None:
+            s = s + bias
+        u, w = coefficients(s, lc, g, z, seen, complement)
+        if c is not None:
+            u, w = u * c, w * c
+        return u, w, _per_query_head(v0.to(work), H)
+
+    every = shares(0, lq) if at_once else None
     pieces = []
     if whole:  # no range: its length would tie a compiler's graph to this number of queries
         edges = [0, shift, lq] if shift else [0, lq]
@@ -88,19 +109,12 @@ def merge_dense(
     for i, j in itertools.pairwise(edges):
         if i == j:
             continue
-        k0, v0, bias, seen = _first_token(k, v, first, mask, kv_offset, window, q_start, lq, i, j)
-        if shift and i == 0:  # query 0 saw nothing else
+        if shift and i == 0:
             oc = torch.zeros((), dtype=work, device=q.device).expand(b, H, 1, o.shape[3])
-            lc = torch.full((), -math.inf, dtype=work, device=q.device).expand(b, H, 1)
         else:
-            oc, lc = o[:, :, i - shift : j - shift], lse[:, :, i - shift : j - shift].to(work)
-        s = cap(_scores(q[:, :, i:j].to(work), k0.to(work)) * scale, softcap)
-        if bias is not None:
-            s = s + bias
-        u, w = coefficients(s, lc, g, z, seen, complement)
-        if c is not None:
-            u, w = u * c, w * c
-        u, w, v0 = u.unsqueeze(-1), w.unsqueeze(-1), _per_query_head(v0.to(work), H)
+            oc = o[:, :, i - shift : j - shift]
+        u, w, v0 = shares(i, j) if every is None else (every[0][:, :, i:j], every[1][:, :, i:j], every[2])
+        u, w = u.unsqueeze(-1), w.unsqueeze(-1)
         guard = True  # where o has no share it may be NaN; on a CPU one can look whether there is such a row
         if not whole and q.device.type == "cpu":
             guard = bool((u == 0).any())
@@ -182,10 +196,21 @@ def _first_token(
     return k0, v0, bias, seen
 
 
-def _scores(q: Tensor, k0: Tensor) -> Tensor:
-    """<q, k0> [b, H, l] for q [b, H, l, d] and k0 [b, K, 1 or l, d]."""
-    b, H, n, d = q.shape
-    K = k0.shape[1]
+def _scores(q: Tensor, k0: Tensor, whole: bool) -> Tensor:
+    """<q, k0> [b, H, l] in k0's dtype for q [b, H, l, d] and k0 [b, K, 1 or l, d]; `whole`: as a compiler can trace it."""
+    (b, H, n, d), K = q.shape, k0.shape[1]
+    if k0.shape[2] == 1 and not whole and n > ROWS:
+        # One product a row of the batch: q keeps its strides, which a product of four dimensions would copy. Small slices are
+        # converted at a time.
+        k0 = _per_query_head(k0, H)
+        size = n if q.dtype == k0.dtype else max(1, SLICE // (H * d))
+        cuts = range(0, n, size)
+        rows = [
+            torch.cat([torch.bmm(k0[r], q[r, :, i : i + size].to(k0.dtype).transpose(1, 2)) for i in cuts], 2)
+            for r in range(b)
+        ]
+        return torch.stack(rows).view(b, H, n)
+    q = q.to(k0.dtype)
     grouped = q.view(b, K, H // K, n, d) if H > K else q.unsqueeze(2)
     if k0.shape[2] == 1:
         s = torch.matmul(grouped, k0.unsqueeze(2).transpose(3, 4)).squeeze(-1)
