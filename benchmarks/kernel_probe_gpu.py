@@ -196,35 +196,44 @@ def order(probe: Probe) -> None:
         ("8B, 1 x 7680", 32, 8, 128, 4096, 1, 7680),
         ("SmolLM2, 16 x 512", 9, 3, 64, 576, 16, 512),
     ):
-        for which, lines in ORDERS.items():
-            probe(f"{name}: {which}", lambda s=(H, K, d, hidden, rows, each), x=lines: _behind(*s, x))
+        for which, changes in VARIANTS.items():
+            probe(f"{name}: {which}", lambda s=(H, K, d, hidden, rows, each), x=changes: _behind(*s, x))
 
 
-_LAST = "    pid = tl.num_programs(0) - 1 - pid\n"
-_HEADS = "    pid = pid % ({tokens}) * ({heads}) + pid // ({tokens})\n"
-ORDERS = {
-    "as it is": "",
-    "last tokens first": _LAST,
-    "head by head": _HEADS,
-    "head by head, last first": _LAST + _HEADS,
-}
-"""Lines that come behind the program's number in the kernel's source."""
 NUMBER = "    pid = tl.program_id(0)\n    r = tl.arange(0, BT * GB)\n"
+_LAST = "    pid = tl.num_programs(0) - 1 - pid\n"
+_TOKENS = "tl.cdiv(n_tokens, BT)"
+_HEADS = f"    pid = pid % ({_TOKENS}) * (KH * ((G + GB - 1) // GB)) + pid // ({_TOKENS})\n"
+READ = "q = tl.load(Q + at_q, mask=look[:, None] & (d < D)[None, :], other=0.0"
+WRITE = "        mask=write[:, None] & (dv < DV)[None, :],\n    )  # fmt: skip"
+VARIANTS: dict[str, tuple[tuple[str, str], ...]] = {
+    "as it is": (),
+    "last tokens first": ((NUMBER, NUMBER.replace("    r =", _LAST + "    r =")),),
+    "head by head": ((NUMBER, NUMBER.replace("    r =", _HEADS + "    r =")),),
+    "head by head, last first": ((NUMBER, NUMBER.replace("    r =", _LAST + _HEADS + "    r =")),),
+    "queries read once": ((READ, READ + ', eviction_policy="evict_first"'),),
+    "queries read once, results streamed": (
+        (READ, READ + ', eviction_policy="evict_first"'),
+        (WRITE, WRITE.replace("\n    )", ' cache_modifier=".cs",\n    )')),
+    ),
+}
+"""What is put where in the kernel's source."""
 
 
-def _behind(H: int, K: int, d: int, hidden: int, rows: int, each: int, lines: str) -> str:
+def _behind(H: int, K: int, d: int, hidden: int, rows: int, each: int, changes: tuple[tuple[str, str], ...]) -> str:
     """Run one variant of the kernel in a layer and read its time from the profiler."""
     from torch.profiler import ProfilerActivity, profile
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     from headpatch.kernels import _triton
 
-    lines = lines.format(heads="KH * ((G + GB - 1) // GB)", tokens="tl.cdiv(n_tokens, BT)")
     source = Path(_triton.__file__).read_text()
-    assert source.count(NUMBER) == 1
+    for old, new in changes:
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / f"variant_{abs(hash(lines))}.py"
-        file.write_text(source.replace(NUMBER, NUMBER.replace("    r =", lines + "    r =")))
+        file = Path(folder) / f"variant_{abs(hash(source))}.py"
+        file.write_text(source)
         spec = importlib.util.spec_from_file_location(file.stem, file)
         assert spec is not None and spec.loader is not None
         variant = importlib.util.module_from_spec(spec)
