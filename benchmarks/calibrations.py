@@ -5,7 +5,7 @@
     python benchmarks/calibrations.py --data DIR --work DIR --device cuda --parallel 4 --deadline 300 act-sst2 act-trec ...
 
 On a GPU, runs of ACT and ZeroTuning measure more than two busy cores can (``ON_GPU``), several share it in processes of their own,
-and those that the deadline ends are named; their work files stay.
+and those that the deadline ends are named; their work files stay. ``--sinks`` says what ACT's rule finds in these prompts.
 
 DIR of the data holds public data sets, which are no part of this project: ``sst2/train_2000.jsonl`` and ``test.jsonl``,
 ``trec/train.jsonl`` and ``test.jsonl`` (fields text and label), ``bbh/NAME.json`` (BIG-bench Hard, 250 examples each). The prompts
@@ -30,7 +30,10 @@ from common import short_name
 from marked_prompts import LABELS as MARKED_LABELS
 
 from headpatch import cli
-from headpatch.demo_model import SHORT_NAME
+from headpatch.demo_model import SHORT_NAME, locate
+from headpatch.find.data import Task, load_rows, parse_labels, unescape
+from headpatch.find.engine import load_model, open_bench
+from headpatch.find.measure import sample
 
 HERE = Path(__file__).parent
 SENTIMENT = ("Review: {text}\\nSentiment (positive or negative):", "negative, positive")
@@ -42,6 +45,8 @@ YES_NO = ("{input}\\nAnswer:", "Yes, No")
 YES_NO_TASKS = ("navigate", "sports_understanding", "web_of_lies")
 SMALL = ("--effort", "quick", "--width", "3", "--max-steps", "3")
 """For two busy cores; runs that name an effort have settings of their own."""
+MOST = 600
+"""Evaluation rows on a CPU, the first of the file."""
 _SEARCH = ("--screen", "80,240", "--width", "8", "--max-steps", "12")
 ON_GPU = {
     "act": ("--slopes", "1", "--beta", "0", "--beta", "0.4", *_SEARCH, "--held-out", "1000"),
@@ -59,8 +64,8 @@ RUNS: dict[str, tuple[str, str, str, tuple[str, str], tuple[str, ...]]] = {
     "act-sst2": ("act", "sst2/train_2000.jsonl", "sst2/test.jsonl", SENTIMENT, ("--anyway",)),
     "act-trec": ("act", "trec/train.jsonl", "trec/test.jsonl", QUESTIONS, ("--anyway",)),
     "act-bbh-yes-no": ("act", "bbh_yes_no_train.jsonl", "bbh_yes_no_test.jsonl", YES_NO, ("--anyway",)),
-    # In prompts this short, 64 % (SST-2) and 45 % (TREC) of what the method's rule calls a sink, over all heads, are among the last
-    # eight tokens, which few queries see: names of labels and brackets. The same without those; decided before any run was made.
+    # In prompts this short, 64 % (SST-2) and 45 % (TREC) of what the method's rule calls a sink, over all heads, are seen by
+    # fewer than eight queries: names of labels and brackets at the end. The same without those; decided before any run was made.
     "act-sst2-8-queries": ("act", "sst2/train_2000.jsonl", "sst2/test.jsonl", SENTIMENT, ("--anyway", "--min-queries", "8")),
     "act-trec-8-queries": ("act", "trec/train.jsonl", "trec/test.jsonl", QUESTIONS, ("--anyway", "--min-queries", "8")),
     "zerotuning-trec": (
@@ -92,6 +97,16 @@ def find(name: str, data: Path | None, work: Path) -> Path:
     raise SystemExit(f"{name} is not there; give --data")
 
 
+def first_rows(path: Path, work: Path) -> Path:
+    """The file itself, or one of its first rows where it has more than a CPU is to evaluate."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if len(lines) <= MOST:
+        return path
+    cut = work / f"{path.parent.name}_{path.stem}_first_{MOST}.jsonl"
+    cut.write_text("".join(lines[:MOST]), encoding="utf-8")
+    return cut
+
+
 def settings(name: str, device: str) -> tuple[str, ...]:
     """Options of a run that say how it searches."""
     method, *_, options = RUNS[name]
@@ -108,10 +123,11 @@ def run(name: str, data: Path | None, work: Path, device: str) -> None:
     started = time.monotonic()
     if train.startswith("bbh") and data is not None:
         yes_no(data, work)
+    rows = find(evaluation, data, work)
     words = ["calibrate", method, "--model", SHORT_NAME, "--train", str(find(train, data, work))]
     words += [
         "--eval",
-        str(find(evaluation, data, work)),
+        str(first_rows(rows, work) if device == "cpu" else rows),
         "--template",
         template,
         "--labels",
@@ -181,10 +197,13 @@ def line(name: str, recipe: dict[str, Any], profile: dict[str, Any]) -> str:
 
 
 def report(work: Path) -> None:
-    """Collect what is there into the results folder; one folder of runs is one device's."""
+    """Collect what is there into the results folder; one folder of runs is one device's. What it lacks stays as it was measured."""
     ran = {p.name.split(".")[0]: json.loads(p.read_text(encoding="utf-8")) for p in sorted(work.glob("*.run.json"))}
     device = next((one["device"] for one in ran.values()), "cpu")
-    found, lines = {}, [
+    target = HERE / "results" / f"calibrations_smollm2_{short_name(device)}"
+    known = target.with_suffix(".json")
+    found: dict[str, Any] = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+    lines = [
         f"# Calibrations of SmolLM2-135M-Instruct, float32, {device.replace('cpu', 'CPU')}", "",
         "Written by `python benchmarks/calibrations.py --report`. Percent of rows that chose nothing; differences in points,",
         "paired by row, with 95 % intervals. *Random*: the same edits on heads drawn at random (of those that the method can",
@@ -194,22 +213,47 @@ def report(work: Path) -> None:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for name in RUNS:
-        path = work / f"{name}.yaml"
-        profile = work / f"{name}.profile.json"
-        if not profile.is_file():
+        path, profile = work / f"{name}.yaml", work / f"{name}.profile.json"
+        if profile.is_file():
+            edits = json.loads(profile.read_text(encoding="utf-8"))
+            recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            kept = {k: recipe[k] for k in ("patches", "provenance") if k in recipe}
+            found[name] = {**kept, "profile": edits["edits"], "choice": edits["choice"]}
+        if name not in found:
             continue
-        edits = json.loads(profile.read_text(encoding="utf-8"))
-        if not path.is_file():
-            lines.append(f"| {name} | no recipe | | | | | | | | | | | {edits['choice']} |")
-            continue
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-        found[name] = {"patches": recipe["patches"], "provenance": recipe["provenance"], "profile": edits["edits"]}
-        lines.append(line(name, recipe, edits))
+        one = found[name]
+        if "patches" in one:
+            lines.append(line(name, one, {"edits": one["profile"]}))
+        else:
+            lines.append(f"| {name} | no recipe | | | | | | | | | | | {one['choice']} |")
     if ran:
         lines += ["", "Seconds: " + ", ".join(f"{name} {one['seconds']}" for name, one in ran.items()) + "."]
-    target = HERE / "results" / f"calibrations_smollm2_{short_name(device)}"
     target.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    target.with_suffix(".json").write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
+    known.write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def sinks(data: Path | None, work: Path, rows: int = 40) -> None:
+    """What ACT's rule calls a sink in the prompts of its runs, over all heads, and how many of those few queries see."""
+    bench = open_bench(*load_model(locate(SHORT_NAME), device="cpu"))
+    if data is not None:
+        yes_no(data, work)
+    for name in ("act-sst2", "act-trec", "act-bbh-yes-no"):
+        _, train, _, (template, labels), _ = RUNS[name]
+        task = Task((unescape(template),), parse_labels(labels))
+        some = random.Random(0).sample(load_rows(find(train, data, work)), rows)
+        passages = sample(bench, name, some, task).questions.passages
+        every, late, heads, first = 0, 0, 0, 0.0
+        for passage, means in zip(passages, bench.observed("column_means", passages), strict=True):
+            for values in means.values():
+                found = (values > 0.1).nonzero().flatten()
+                found = found[found > 0]
+                every, late = every + len(found), late + int((found > len(passage.ids) - 8).sum())
+                heads, first = heads + 1, first + float(values[0])
+        print(
+            f"{name}: {every / heads:.2f} sinks a head and prompt, {100 * late / every:.0f} % of them seen by fewer than 8 "
+            f"queries; mean attention to the first token {first / heads:.2f}",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -218,6 +262,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--report", action="store_true")
+    parser.add_argument("--sinks", action="store_true", help="what ACT's rule calls a sink in these prompts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
     parser.add_argument(
@@ -227,6 +272,8 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     if options.report:
         return report(options.work)
+    if options.sinks:
+        return sinks(options.data, options.work)
     names = list(options.names or RUNS)
     if options.parallel > 1:
         return together(names, options)
