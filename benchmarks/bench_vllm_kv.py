@@ -24,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +122,8 @@ def held_bytes(cut: Any, ids: list[int], tokens: int) -> tuple[int, int]:
 
 def decode(
     uncut: Any, cut: Any, config: dict[str, Any], given: argparse.Namespace, width: int, speed: float
-) -> list[dict[str, Any]]:
-    """All lengths."""
-    rows = []
+) -> Iterator[dict[str, Any]]:
+    """One length after the other."""
     keep = given.sink + given.recent
     for length in given.lengths:
         few, many = given.tokens
@@ -147,14 +146,12 @@ def decode(
         blocks = (
             sum(cache["block_bytes"] for _ in cache["groups"]) * 2
         )  # one that is being filled and one that is half out, a group
-        rows.append({
+        yield {
             "length": length, "uncut_ms": 1e3 * statistics.median(a for a, _ in times),
             "cut_ms": 1e3 * statistics.median(b for _, b in times), "gain": gain, "low": low, "high": high, "bound": bound,
             "asked": asked, "floor_ms": [1e3 * n / speed for n in read], "pairs": times, "passed": gain >= asked,
             "held_bytes": held, "wanted_bytes": wanted, "memory_passed": held <= (1 + WITHIN) * wanted + blocks,
-        })  # fmt: skip
-        print(line(rows[-1]), flush=True)
-    return rows
+        }  # fmt: skip
 
 
 def line(row: dict[str, Any]) -> str:
@@ -204,8 +201,10 @@ def close(*engines: Any) -> None:
     gc.collect()
 
 
-def run(given: argparse.Namespace, model: str, config: dict[str, Any], device: str) -> dict[str, Any]:
-    """The parts that were asked for."""
+def run(
+    given: argparse.Namespace, model: str, config: dict[str, Any], device: str, save: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """The parts that were asked for; what there is, is saved after each step."""
     import torch
 
     width = 2 if device == "cuda" else 4
@@ -236,10 +235,15 @@ def run(given: argparse.Namespace, model: str, config: dict[str, Any], device: s
                     engine.llm.apply_model(randomise)
             result["exact"] = exact(uncut.llm, cut.llm, config, given.sink + given.recent)
             print(f"exact: {result['exact']}", flush=True)
+            save(result)
         if "decode" in given.only:
             result["bandwidth"] = bandwidth(device)
             print(f"copy bandwidth {result['bandwidth'] / 1e12:.2f} TB/s", flush=True)
-            result["decode"] = decode(uncut.llm, cut.llm, config, given, width, result["bandwidth"])
+            result["decode"] = []
+            for row in decode(uncut.llm, cut.llm, config, given, width, result["bandwidth"]):
+                print(line(row), flush=True)
+                result["decode"].append(row)
+                save(result)
         close(uncut, cut)
     if "room" in given.only:
         one = {**options, "max_model_len": given.room_length + given.room_tokens + 8, "max_num_seqs": 64}
@@ -256,6 +260,7 @@ def run(given: argparse.Namespace, model: str, config: dict[str, Any], device: s
             found[name] = room(engine.llm, config, given)
             close(engine)
             print(f"room, {name}: {found[name]}", flush=True)
+            save({**result, "room": found})
             if device == "cuda":
                 torch.cuda.empty_cache()
         times = found["cut"]["most"] / found["uncut"]["most"]
@@ -287,7 +292,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--room-length", type=int, default=32768)
     parser.add_argument("--room-tokens", type=int, default=512)
     parser.add_argument("--room-blocks", type=int, default=60, help="blocks of the uncut engine's cache, on a CPU")
-    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=32, help="more than fit")
     parser.add_argument("--only", type=lambda text: text.split(","), default=["exact", "decode", "room"])
     parser.add_argument("--option", action="append", default=[], metavar="NAME=JSON", help="engine option")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
@@ -308,7 +313,18 @@ def main(arguments: Sequence[str]) -> int:
             64,
         )
         given.room_length, given.room_tokens, given.requests = 400, 60, 10
+    import vllm
+
+    import headpatch
     from headpatch.adapters.vllm import register
+
+    about = {"model": "tiny" if given.tiny else given.model, "full": given.full, "sink": given.sink, "recent": given.recent,
+             "chunk": given.chunk, "device": "cpu" if given.tiny else torch.cuda.get_device_name(), "torch": torch.__version__,
+             "vllm": vllm.__version__, "headpatch": headpatch.__version__, "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+
+    def save(found: dict[str, Any]) -> None:
+        if given.out:
+            given.out.write_text(json.dumps({"about": about, **found}, indent=1))
 
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # the engines get their weights by a function
     register()  # by hand: the first engine's start says that no plugin is to be loaded, and a process is asked only once
@@ -318,16 +334,8 @@ def main(arguments: Sequence[str]) -> int:
             tiny_model(folder) if given.tiny else llama_8b(folder) if given.model == "llama-8b" else given.model
         )
         config = json.loads((Path(model) / "config.json").read_text())
-        result = run(given, model, config, device)
-    import vllm
-
-    import headpatch
-
-    about = {"model": "tiny" if given.tiny else given.model, "full": given.full, "sink": given.sink, "recent": given.recent,
-             "chunk": given.chunk, "device": "cpu" if given.tiny else torch.cuda.get_device_name(), "torch": torch.__version__,
-             "vllm": vllm.__version__, "headpatch": headpatch.__version__, "date": time.strftime("%Y-%m-%d")}  # fmt: skip
-    if given.out:
-        given.out.write_text(json.dumps({"about": about, **result}, indent=1))
+        result = run(given, model, config, device, save)
+    save(result)
     checks = [result.get("exact", {}).get("passed", True), result.get("room", {}).get("passed", True)]
     checks += [row["passed"] and row["memory_passed"] for row in result.get("decode", [])]
     return 0 if given.tiny or all(checks) else 1

@@ -198,7 +198,8 @@ class Worker:
                     if group:
                         blocks.append(group[0])
                         slots.append(self._requests.get(request_id, Running()).slot)
-        tables.mark_blocks(blocks, slots)
+        if not self.by_rows:
+            tables.mark_blocks(blocks, slots)
 
     def _admit(self, new: Any) -> int:
         """The slot of a request that is new to this worker, or comes back after preemption."""

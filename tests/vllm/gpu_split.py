@@ -29,8 +29,10 @@ PARTS: dict[str, dict[str, Any]] = {
     "ngram": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}},
     "every_head": {"_none": True},
     "triton": {"attention_backend": "TRITON_ATTN", "_unverified": True},
+    "one_rank": {"_tiny": "1b"},
+    "two_ranks": {"_tiny": "1b", "tensor_parallel_size": 2},
 }
-"""Engine options by part; names with an underscore are ours."""
+"""Engine options by part; names with an underscore are ours. `two_ranks` needs two GPUs, and is left out where there is one."""
 
 
 def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
@@ -39,12 +41,18 @@ def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
     os.environ.update(options.pop("_env", {}))
     sys.path.insert(0, str(HERE))
     import torch
-    from engine_cases import ask, differ, load, truth
+    from engine_cases import VOCABULARY, ask, differ, load, save_tiny, truth
     from gpu_parity import MEMORY, mean, text_prompts
     from split_cases import Kept, factors, wanted
     from vllm import LLM
 
-    unequal, none, unverified = (options.pop(key, False) for key in ("_unequal", "_none", "_unverified"))
+    unequal, none, unverified, tiny = (
+        options.pop(key, False) for key in ("_unequal", "_none", "_unverified", "_tiny")
+    )
+    if tiny:
+        folder = out / f"model-{name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        model = str(save_tiny(folder, tiny, 8, 4))  # heads that two ranks can share
     config = json.loads((Path(model) / "config.json").read_text())
     layers, heads, kv = config["num_hidden_layers"], config["num_attention_heads"], config["num_key_value_heads"]
     if none:
@@ -58,9 +66,12 @@ def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
         "edited": Kept(SINK, RECENT, full, gamma=factors(layers, heads, 0.5, 2.0, 1), scale=factors(layers, heads, 0.8, 1.2, 2)),
         "rows": Kept(SINK, RECENT, full, later=factors(layers, heads, 0.7, 1.3, 3)),
     }  # fmt: skip
-    prompts = [(ids * (1 + i % 4))[-(120 + 90 * i) :] for i, ids in enumerate(text_prompts(model))]
+    if tiny:
+        prompts = [[(t * 7919 + i * 31) % VOCABULARY for t in range(110 + 45 * i)] for i in range(8)]
+    else:
+        prompts = [(ids * (1 + i % 4))[-(120 + 90 * i) :] for i, ids in enumerate(text_prompts(model))]
     shared: dict[str, Any] = {
-        "dtype": "bfloat16", "max_model_len": 1024, "max_num_seqs": 64, **MEMORY, "skip_tokenizer_init": True,
+        "dtype": "bfloat16", "max_model_len": 512 if tiny else 1024, "max_num_seqs": 64, **MEMORY, "skip_tokenizer_init": True,
         "enable_prefix_caching": True, "seed": 0,
     }  # fmt: skip
     reference = load(Path(model)).cuda()

@@ -56,13 +56,13 @@ def engine(tiny: Path) -> Iterator[Any]:
     stop(llm)
 
 
-def ask(llm: Any, requests: list[tuple[list[int], str | None, Path | None]]) -> list[Any]:
+def ask(llm: Any, requests: list[tuple[list[int], str | None, Path | None]], tokens: int = 8) -> list[Any]:
     """Prompt, served recipe, adapter: all in one batch."""
     from vllm.lora.request import LoRARequest
 
     numbers = {path: i + 1 for i, path in enumerate(sorted({path for *_, path in requests if path is not None}))}
     params = [
-        headpatch.sampling_params(name, temperature=0.0, max_tokens=8, logprobs=4, ignore_eos=True)
+        headpatch.sampling_params(name, temperature=0.0, max_tokens=tokens, logprobs=4, ignore_eos=True)
         for _, name, _ in requests
     ]
     loras = [None if path is None else LoRARequest(path.name, numbers[path], str(path)) for *_, path in requests]
