@@ -2,8 +2,8 @@
 
 Recipe slots hold constants, one row a recipe; a request's slot is found by the first block of its keys (``block_slot``), which only
 requests of one recipe share, because their prefix-cache salts differ otherwise. What belongs to a request alone
-(its prompt's length) is found by its row of the batch (``row_slot``, ``row_prompt``), written before each step whose order changed; so is
-the slot where first blocks leave the window, and on GPUs, where a look-up less is time.
+(its prompt's length) is found by its row of the batch (``row_slot``, ``row_prompt``), written before each step whose order changed;
+so is the slot where first blocks leave the window, and on GPUs, where a look-up less is time.
 """
 
 from __future__ import annotations
