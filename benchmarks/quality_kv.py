@@ -1,7 +1,7 @@
 """What is lost when KV heads keep the first and the last tokens only: found heads, random heads, no heads at all.
 
     python benchmarks/quality_kv.py --book TEXT --tasks FOLDER [--model M] [--dtype bfloat16] [--device D] [--stage STAGE ...]
-                                    [--out FOLDER] [--stem NAME] [--workers N] [--deadline SECONDS] [--quick]
+                                    [--out FOLDER] [--stem NAME] [--workers N] [--deadline SECONDS] [--sizes full|small|quick]
 
 `--book` is a long plain text that nothing was chosen on; `--tasks` a folder of JSON files, each a list of {"input", "output"}.
 Stages: `find` (gates, retrieval scores and quick scores, all on generated texts; always measured, for others need them), `needles`,
@@ -28,7 +28,7 @@ from pathlib import Path
 import quality_kv_draw
 import torch
 from common import RESULTS
-from quality_kv_units import QUICK, Given, Sizes, Subject, units
+from quality_kv_units import SIZES, Given, Sizes, Subject, units
 from quality_kv_work import Store, share, work
 
 from headpatch.demo_model import SHORT_NAME, locate
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--stem", default="quality_kv", help="name of the files that are written")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds after which nothing new begins")
-    parser.add_argument("--quick", action="store_true", help="a few of everything, to see that it runs")
+    parser.add_argument("--sizes", choices=SIZES, default="full", help="small: for a CPU; quick: to see that it runs")
     asked = parser.parse_args()
     deadline = time.time() + asked.deadline
     wanted, path = asked.stage or [*STAGES, "draw"], asked.out / f"{asked.stem}.json"
@@ -64,7 +64,7 @@ def main() -> None:
         if not asked.book or not asked.tasks:
             parser.error("--book and --tasks are needed to measure")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        sizes = QUICK if asked.quick else Sizes()
+        sizes = SIZES[asked.sizes]
         given = Given(locate(asked.model), asked.device, asked.dtype, asked.book, asked.tasks)
         settings = json.loads(json.dumps(dataclasses.asdict(sizes)))
         before = Store(path)

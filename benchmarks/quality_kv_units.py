@@ -64,11 +64,17 @@ class Sizes:
     seed: int = 1
 
 
+SMALL = Sizes(
+    steps=40, samples=4, probe_lengths=(256,), sparsity=(0.75, 0.5, 0.9), draws=2, needles=(("number", 256), ("number", 512)),
+    prompts=4, passages=4, lengths=(1024,), queries=10, masked=(10, 20),
+)  # fmt: skip
+"""What one core of a CPU gets through in half an hour."""
 QUICK = Sizes(
     steps=3, samples=1, probe_lengths=(256,), rounds=1, sparsity=(0.75,), draws=1, needles=(("number", 256),), depths=(0.0, 0.5),
     prompts=2, passages=2, lengths=(256,), tasks=("antonym", "country-capital"), queries=3, masked=(10,),
 )  # fmt: skip
 """Enough to see that everything runs."""
+SIZES = {"full": Sizes(), "small": SMALL, "quick": QUICK}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +114,7 @@ class Subject:
         model, tokenizer = load_model(self.given.model, device=self.given.device)
         more: dict[str, Any] = {}
         if which == "gates":
-            recompute = self.given.device == "cpu"  # on a GPU there is memory enough, and time is short
-            training = Training(keys, sink=s.sink, recent=s.recent, steps=s.steps, recompute=recompute)
+            training = Training(keys, sink=s.sink, recent=s.recent, steps=s.steps, recompute=False)
             work = self.store.path.with_suffix(".gates.work")
             made = train_gates(model, tokenizer, training, work=work, progress=self._in_time, say=print)
             more["losses"] = [[float(f"{a:.4g}"), float(f"{b:.4g}")] for a, b in made.losses]
@@ -296,14 +301,14 @@ def units(subject: Subject, stages: list[str]) -> list[Unit]:
                 measure: Callable[[], Any] = partial(subject.needles, kind, length, recipe)
                 add("needles", f"{kind}/{length}/{name}", order + 20 * late, name, measure)
         for task in s.tasks:
-            add("tasks", f"{task}/{name}", 3 + 20 * late, name, partial(subject.task, task, name))
+            add("tasks", f"{task}/{name}", 5 + 20 * late, name, partial(subject.task, task, name))
         for order, length in enumerate(s.lengths):
             if not name.startswith(CHOOSING):  # they would see all of a text that is read at once
                 measure = partial(subject.text, length, partial(subject.recipe, name, length))
-                add("text", f"{length}/{name}", 4 + 6 * order + 20 * late, name, measure)
+                add("text", f"{length}/{name}", 0.7 + 9 * order + 20 * late, name, measure)
     for task in s.tasks:
-        add("tasks", f"{task}/about", 3, "", partial(subject.task_about, task))
+        add("tasks", f"{task}/about", 4.9, "", partial(subject.task_about, task))
     sets = [f"{n}/{g}/{d}" for n in s.masked for g in ("anywhere", "same layers") for d in range(s.draws)]
     for name in ("untouched", *(f"{n}/retrieval" for n in s.masked), *sets):
-        add("masks", name, 5, name, partial(subject.masked, name))
+        add("masks", name, 0.5, name, partial(subject.masked, name))
     return [u for u in made if u.stage in ("about", "find", *stages)]
