@@ -146,7 +146,12 @@ def picture(data: Mapping[str, Any], path: Path) -> None:
             axis.set_ylim(*limits)
     if data.get("masks"):
         masked(axes[len(draws)], data)
-    axes[0].legend(fontsize=7)
+    handles = {
+        label: line
+        for axis in axes[: len(draws)]
+        for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend([*handles.values()], [*handles], loc="outside lower center", ncols=4, fontsize=8)
     for axis in axes[count:]:
         axis.set_axis_off()
     figure.savefig(path, dpi=130, metadata={"Software": None})
