@@ -183,30 +183,30 @@ class Worker:
             slot = self._requests.pop(request_id, Running()).slot
             if slot != NOBODY:
                 tables.release(slot)
-        blocks: list[int] = []
-        slots: list[int] = []
         for new in scheduler_output.scheduled_new_reqs:
-            slot = self._admit(new)
-            for group in new.block_ids:
-                if group:
-                    blocks.append(group[0])
-                    slots.append(slot)
-        cached = scheduler_output.scheduled_cached_reqs
-        for request_id, new_blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
-            if request_id in cached.resumed_req_ids and new_blocks is not None:
-                for group in new_blocks:
-                    if group:
-                        blocks.append(group[0])
-                        slots.append(self._requests.get(request_id, Running()).slot)
+            self._admit(new)
         if not self.by_rows:
-            tables.mark_blocks(blocks, slots)
+            self._mark_blocks(tables, scheduler_output)
 
-    def _admit(self, new: Any) -> int:
-        """The slot of a request that is new to this worker, or comes back after preemption."""
+    def _mark_blocks(self, tables: Tables, scheduler_output: Any) -> None:
+        """Say whose the first blocks of requests are that are new or come back after preemption."""
+        cached = scheduler_output.scheduled_cached_reqs
+        given = [(new.req_id, new.block_ids) for new in scheduler_output.scheduled_new_reqs]
+        given += [
+            (request_id, blocks)
+            for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True)
+            if request_id in cached.resumed_req_ids and blocks is not None
+        ]
+        firsts = [
+            (group[0], self._requests.get(name, Running()).slot) for name, groups in given for group in groups if group
+        ]
+        tables.mark_blocks([block for block, _ in firsts], [slot for _, slot in firsts])
+
+    def _admit(self, new: Any) -> None:
+        """Find the slot of a request that is new to this worker, or comes back after preemption."""
         assert self.tables is not None
-        known = self._requests.get(new.req_id)
-        if known is not None:
-            return known.slot
+        if new.req_id in self._requests:
+            return
         params = new.sampling_params
         wire = (params.extra_args or {}).get(FIELD) if params is not None else None
         slot = NOBODY
@@ -217,7 +217,6 @@ class Worker:
             self.tables.use(slot)
         self._requests[new.req_id] = Running.of(slot, prompt_len(new), wire or {})
         self._ordered = None  # it may come where one of its name was
-        return slot
 
     def order(self, request_ids: Any) -> None:
         """Write the maps by row for a batch in this order."""

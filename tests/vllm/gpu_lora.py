@@ -52,7 +52,7 @@ def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
     sys.path.insert(0, str(HERE))
     import torch
     from engine_cases import load, recipe, truth
-    from gpu_parity import MEMORY, like, mean, text_prompts
+    from gpu_parity import MEMORY, like, mean, outcome, text_prompts
     from peft import PeftModel
     from test_lora import ask
     from vllm import LLM
@@ -104,13 +104,7 @@ def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
         for n, x in r.items()
         if not x["mean"] <= SLACK * max(noise, x["transformers_mean"]) + 1e-5
     }
-    report, engine = llm.collective_rpc("headpatch_report")[0], llm.llm_engine.vllm_config
-    return {
-        "part": name, "passed": not bad, "bad": bad, "noise": noise, "rounds": rounds, "start_seconds": seconds,
-        "checks": report["checks"], "v2_runner": bool(getattr(engine, "use_v2_model_runner", False)),
-        "graphs": str(engine.compilation_config.cudagraph_mode), "device": torch.cuda.get_device_name(),
-        "backends": sorted({f"{x['backend']} ({x['how']})" for x in report["layers"]}),
-    }  # fmt: skip
+    return outcome(llm, name, bad, noise, rounds, seconds)
 
 
 if __name__ == "__main__":

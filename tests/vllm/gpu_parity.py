@@ -120,7 +120,6 @@ def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
                 "worst": differ(mine, wanted).worst,
             }
         rounds.append(found)
-    engine = llm.llm_engine.vllm_config
     noise = max(r["none"]["mean"] for r in rounds)
     bad = {
         n: r[n]["mean"]
@@ -128,10 +127,19 @@ def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
         for n in given
         if not r[n]["mean"] <= SLACK * max(noise, r[n]["transformers_mean"]) + 1e-5
     }
-    report = llm.collective_rpc("headpatch_report")[0]
+    return outcome(llm, name, bad, noise, rounds, seconds, vocabulary=VOCABULARY if tiny else config["vocab_size"])
+
+
+def outcome(
+    llm: Any, name: str, bad: dict[str, float], noise: float, rounds: list[dict[str, Any]], seconds: float, **more: Any
+) -> dict[str, Any]:
+    """What a part writes: its figures, and what the engine says of itself."""
+    import torch
+
+    engine, report = llm.llm_engine.vllm_config, llm.collective_rpc("headpatch_report")[0]
     return {
         "part": name, "passed": not bad, "bad": bad, "noise": noise, "rounds": rounds, "start_seconds": seconds,
-        "checks": report["checks"], "slots": report["slots"], "vocabulary": VOCABULARY if tiny else config["vocab_size"],
+        "checks": report["checks"], "slots": report["slots"], "cache": report.get("cache"), **more,
         "v2_runner": bool(getattr(engine, "use_v2_model_runner", False)), "graphs": str(engine.compilation_config.cudagraph_mode),
         "backends": sorted({f"{x['backend']} ({x['how']})" for x in report["layers"]}), "device": torch.cuda.get_device_name(),
     }  # fmt: skip

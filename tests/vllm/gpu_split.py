@@ -42,7 +42,7 @@ def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
     sys.path.insert(0, str(HERE))
     import torch
     from engine_cases import VOCABULARY, ask, differ, load, save_tiny, truth
-    from gpu_parity import MEMORY, mean, text_prompts
+    from gpu_parity import MEMORY, mean, outcome, text_prompts
     from split_cases import Kept, factors, wanted
     from vllm import LLM
 
@@ -98,13 +98,7 @@ def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
             }
         rounds.append(found)
     bad = {n: r[n]["mean"] for r in rounds for n in given if not r[n]["mean"] <= SLACK * noise + 1e-5}
-    engine, report = llm.llm_engine.vllm_config, llm.collective_rpc("headpatch_report")[0]
-    return {
-        "part": name, "passed": not bad, "bad": bad, "noise": noise, "rounds": rounds, "start_seconds": seconds,
-        "checks": report["checks"], "cache": report["cache"], "v2_runner": bool(getattr(engine, "use_v2_model_runner", False)),
-        "graphs": str(engine.compilation_config.cudagraph_mode), "device": torch.cuda.get_device_name(),
-        "backends": sorted({f"{x['backend']} ({x['how']})" for x in report["layers"]}),
-    }  # fmt: skip
+    return outcome(llm, name, bad, noise, rounds, seconds)
 
 
 if __name__ == "__main__":
