@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from headpatch.adapters.huggingface import kvring, mass
-from headpatch.adapters.huggingface.kvparts import Kept, Part, Window, tail
+from headpatch.adapters.huggingface.kvparts import Kept, Part, Window, pick, tail
 from headpatch.adapters.huggingface.masks import Visible
 from headpatch.adapters.huggingface.mass import FirstKey
 
@@ -105,20 +105,22 @@ def attend_slices(
     b, heads, n_q = query.shape[:3]
     out: Any = None
     for piece in kept.slices:
-        q = query if piece.rows is None else query.index_select(0, piece.rows)
-        q = q if piece.queries is None else q.index_select(1, piece.queries)
-        its_sinks = sinks if sinks is None or piece.queries is None else sinks.index_select(0, piece.queries)
+        q = pick(pick(query, 0, piece.rows), 1, piece.queries)
+        its_sinks = None if sinks is None else pick(sinks, 0, piece.queries)
         found = _part(Group(run_of(piece.heads), scale, softcap, its_sinks), q, piece.part)
         if piece.rows is None and piece.queries is None:
             return found
         if out is None:
             out = found.new_empty(b, n_q, heads, found.shape[-1])
-        if piece.rows is None:
-            out.index_copy_(2, piece.queries, found)
-        elif piece.queries is None:
-            out.index_copy_(0, piece.rows, found)
+        rows, queries = piece.rows, piece.queries
+        if isinstance(rows, Tensor) and isinstance(queries, Tensor):
+            out[rows[:, None], :, queries] = found.transpose(1, 2)
+        elif isinstance(rows, Tensor):
+            pick(out, 2, queries).index_copy_(0, rows, found)
+        elif isinstance(queries, Tensor):
+            pick(out, 0, rows).index_copy_(2, queries, found)
         else:
-            out[piece.rows[:, None], :, piece.queries] = found.transpose(1, 2)
+            pick(pick(out, 0, rows), 2, queries).copy_(found)
     return out
 
 

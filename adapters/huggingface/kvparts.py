@@ -15,7 +15,23 @@ from headpatch.adapters.huggingface.masks import Visible
 from headpatch.adapters.huggingface.mass import FirstKey
 from headpatch.errors import EngineError
 
-__all__ = ["Bundle", "Kept", "Part", "Slice", "Window", "bytes_of", "fresh", "ordered", "tail"]
+__all__ = [
+    "Bundle",
+    "Kept",
+    "Part",
+    "Picked",
+    "Slice",
+    "Window",
+    "bytes_of",
+    "fresh",
+    "ordered",
+    "pick",
+    "picked",
+    "tail",
+]
+
+Picked = Tensor | slice | None
+"""Some of a dimension: indices, a run of neighbours (a view, no copy), or None for all of it."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +88,15 @@ class Slice:
     Attributes
     ----------
     rows, queries
-        Indices of the rows and of the query heads; None for all of them.
+        Which rows and query heads.
     heads
         The query heads again, as numbers.
     part
         [rows, KV heads, n, d].
     """
 
-    rows: Tensor | None
-    queries: Tensor | None
+    rows: Picked
+    queries: Picked
     heads: tuple[int, ...]
     part: Part
 
@@ -110,6 +126,24 @@ class Kept:
             f"keys and values of a cache that holds head groups were asked for {name!r}: only the model that the cache policy is "
             "applied to can read them. Start with an empty cache, or apply the recipe to this model, too"
         )
+
+
+def picked(numbers: Sequence[int], count: int, on: device) -> Picked:
+    """Ascending `numbers` out of `count`, to be kept: made on the host, which every use would otherwise wait for."""
+    if len(numbers) == count:
+        return None
+    if numbers[-1] - numbers[0] == len(numbers) - 1:
+        return slice(numbers[0], numbers[-1] + 1)
+    return torch.tensor(numbers, device=on)
+
+
+def pick(x: Tensor, dim: int, which: Picked) -> Tensor:
+    """Some of one dimension of `x`."""
+    if which is None:
+        return x
+    if isinstance(which, slice):
+        return x.narrow(dim, which.start, which.stop - which.start)
+    return x.index_select(dim, which)
 
 
 def ordered(policy: Policy, x: Tensor) -> Tensor:

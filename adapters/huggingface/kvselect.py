@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from headpatch.adapters.huggingface import mass
 from headpatch.adapters.huggingface.discover import output_projection
 from headpatch.adapters.huggingface.kvcache import BLOCK, KeptLayer
-from headpatch.adapters.huggingface.kvparts import Kept, Part, Slice, tail
+from headpatch.adapters.huggingface.kvparts import Kept, Part, Picked, Slice, pick, picked, tail
 from headpatch.adapters.huggingface.kvplan import Policy
 from headpatch.adapters.huggingface.kvrows import Chunk, Ledger
 from headpatch.adapters.huggingface.masks import Visible
@@ -60,7 +60,7 @@ class SelectLayer(KeptLayer):
         self.blocks: list[Block] = []
         self.added = 0
         self.tails: list[Tensor] = []
-        self._slices: dict[Any, Any] = {}
+        self._known: dict[Any, tuple[Picked, Picked, Picked, tuple[int, ...]]] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """As :meth:`KeptLayer.update`."""
@@ -94,10 +94,9 @@ class SelectLayer(KeptLayer):
     def _append(self, block: Block, key_states: Tensor, value_states: Tensor) -> None:
         stop = block.used + key_states.shape[2]
         block.k, block.v = self._room([block.k, block.v], block.used, stop)
+        rows, heads = self._places(block)[:2]
         for buffer, new in ((block.k, key_states), (block.v, value_states)):
-            mine = new if len(block.rows) == len(new) else new[list(block.rows)]
-            mine = mine if len(block.heads) == new.shape[1] else mine[:, list(block.heads)]
-            buffer[:, :, block.used : stop] = mine
+            buffer[:, :, block.used : stop] = pick(pick(new, 0, rows), 1, heads)
         block.used = stop
 
     def _room(self, buffers: list[Tensor], used: int, wanted: int, most: int | None = None) -> list[Tensor]:
@@ -109,18 +108,21 @@ class SelectLayer(KeptLayer):
         finally:
             self.batch_size = rows
 
-    def _slice(self, block: Block, queries: int) -> Slice:
+    def _places(self, block: Block) -> tuple[Picked, Picked, Picked, tuple[int, ...]]:
+        """Where a block's rows, KV heads and query heads lie in a call, and the query heads' numbers."""
         key = (block.rows, block.heads)
-        if key not in self._slices:
+        if key not in self._known:
             groups, kv_heads = self.policy.groups, self.policy.num_kv_heads
             heads = tuple(kv * groups + g for kv in block.heads for g in range(groups))
-            rows = None if len(block.rows) == self.batch_size else torch.tensor(block.rows, device=self.device)
-            places = None if len(block.heads) == kv_heads else torch.tensor(heads, device=self.device)
-            self._slices[key] = (rows, places, heads)
+            rows = picked(block.rows, self.batch_size, self.device)
+            at = picked(block.heads, kv_heads, self.device)
+            self._known[key] = (rows, at, picked(heads, kv_heads * groups, self.device), heads)
+        return self._known[key]
+
+    def _slice(self, block: Block, queries: int) -> Slice:
+        rows, _, places, heads = self._places(block)
         k, v = block.k[:, :, : block.used], block.v[:, :, : block.used]
-        part = Part(k, v, tail(block.used - queries, queries, k.device), FirstKey())
-        rows, places, heads = self._slices[key]
-        return Slice(rows, places, heads, part)
+        return Slice(rows, places, heads, Part(k, v, tail(block.used - queries, queries, k.device), FirstKey()))
 
     # --- choosing ---------------------------------------------------------------------------------------------------------
 
@@ -213,7 +215,7 @@ class SelectLayer(KeptLayer):
                 both.append(buffer)
             blocks.append(Block(tuple(rows), heads, both[0], both[1], length))
         self.blocks, self.full, self.tails, self.added = blocks, [], [], 0
-        self._slices.clear()
+        self._known.clear()
         self.ledger.held[self.index] = self.bytes()
 
     def _again(self, *_: Any) -> None:
@@ -270,7 +272,7 @@ class SelectLayer(KeptLayer):
         """Forget everything; storage is freed."""
         super().reset()
         self.blocks, self.tails, self.added = [], [], 0
-        self._slices.clear()
+        self._known.clear()
 
     def _choose(self, rows: Tensor) -> None:
         super()._choose(rows)
@@ -283,6 +285,6 @@ class SelectLayer(KeptLayer):
                 blocks.append(Block(tuple(new for new, _ in mine), block.heads, k, v, block.used))
         self.blocks = blocks
         self.tails = [self.tails[i] for i in order] if self.tails else []
-        self._slices.clear()
+        self._known.clear()
         if self.is_initialized:
             self.ledger.held[self.index] = self.bytes()
