@@ -10,6 +10,7 @@ bfloat16 PEFT with the same adapter and recipe; a quarter more is allowed.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -49,6 +50,7 @@ def adapters(model: str, layers: int, heads: int, out: Path) -> tuple[dict[str, 
 
 def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
     """One engine, one batch of all prompts with each adapter and each recipe, twice."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")  # test_lora brings the tests' conftest, which asks for less
     sys.path.insert(0, str(HERE))
     import torch
     from engine_cases import load, recipe, truth
@@ -57,10 +59,6 @@ def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
     from test_lora import ask
     from vllm import LLM
 
-    config = json.loads((Path(model) / "config.json").read_text())
-    folders, scaled = adapters(
-        model, config["num_hidden_layers"], config["num_attention_heads"], out / f"adapters-{name}"
-    )
     gamma = recipe({"method": "zerotuning", "heads": {"*.*": 1.5}})
     started = time.perf_counter()
     llm = LLM(model, **{
@@ -69,6 +67,11 @@ def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
         "additional_config": {"headpatch": {"recipes": {"gamma": gamma}}}, **PARTS[name],
     })  # fmt: skip
     seconds = time.perf_counter() - started
+    # Not before the engine's process is there: forked from one whose threads have computed something, it waits for ever.
+    config = json.loads((Path(model) / "config.json").read_text())
+    folders, scaled = adapters(
+        model, config["num_hidden_layers"], config["num_attention_heads"], out / f"adapters-{name}"
+    )
     torch.backends.cuda.matmul.allow_tf32 = False
     prompts, jobs = text_prompts(model), [(a, r) for a in (None, *folders) for r in ("none", "gamma")]
     rounds = []

@@ -12,6 +12,7 @@ more is allowed. The same requests measured against the *untouched* reference sh
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import subprocess
@@ -208,6 +209,7 @@ def main(
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     if given.part:
+        faulthandler.dump_traceback_later(max(20, given.seconds - 10))  # where it stands, before its time is up
         try:
             result = run(given.part, given.model, given.out)
         except BaseException:
@@ -234,6 +236,8 @@ def main(
             str(given.out),
             "--part",
             part,
+            "--seconds",
+            str(given.seconds),
         ]
         with log.open("wb") as out:
             try:
