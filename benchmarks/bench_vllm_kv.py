@@ -10,6 +10,7 @@ Parts (``--only exact,decode,room``), each with engines of its own:
   The bound is that of memory: bytes that must be read without and with the policy, weights included. Asked for: of the bound's gain
   at least 85 % at 128k and 60 % at 32k, and nothing lost at 8k (0.97). Beside it: blocks that a request holds against the
   arithmetic (within 3 % and the block that is being filled), and the floor that a measured copy bandwidth gives.
+* kernels (not by default): what ran on the device in a step of one request, by kernel, at those lengths.
 * room: at one size of memory, prompts of 32k, more than fit: requests that decode at once, and tokens a second. Asked for: 1.6 times
   as many.
 """
@@ -154,6 +155,42 @@ def decode(
         }  # fmt: skip
 
 
+def start_profile(worker: Any) -> None:
+    """In an engine's process: note what runs from now on."""
+    from torch.profiler import ProfilerActivity, profile
+
+    where = ProfilerActivity.CUDA if worker.device.type == "cuda" else ProfilerActivity.CPU
+    worker.bench_profile = profile(activities=[where])
+    worker.bench_profile.__enter__()
+
+
+def stop_profile(worker: Any) -> list[tuple[str, int, float]]:
+    """Name, calls and microseconds of what ran, longest first."""
+    profile, device = worker.bench_profile, worker.device.type
+    profile.__exit__(None, None, None)
+    del worker.bench_profile
+    found = [
+        (e.key[:90], e.count, float(getattr(e, f"self_{'device' if device == 'cuda' else 'cpu'}_time_total")))
+        for e in profile.key_averages()
+    ]
+    return sorted(found, key=lambda x: -x[2])[:40]
+
+
+def kernels(
+    uncut: Any, cut: Any, config: dict[str, Any], given: argparse.Namespace
+) -> Iterator[tuple[int, str, list[Any]]]:
+    """Length, engine, and what ran, a token; the last block of the prompt, which is computed again, is among it."""
+    _, tokens = given.tokens
+    for length in given.lengths:
+        ids = prompts(1, length - tokens - 1, config["vocab_size"], length)[0]
+        for name, llm in (("uncut", uncut), ("cut", cut)):
+            generate(llm, [ids], 2)  # into the prefix cache
+            llm.collective_rpc(start_profile)
+            generate(llm, [ids], tokens)
+            ran = llm.collective_rpc(stop_profile)[0]
+            yield length, name, [(what, count / tokens, us / tokens) for what, count, us in ran]
+
+
 def line(row: dict[str, Any]) -> str:
     """One length, for people."""
     speed, memory = ("pass" if row[name] else "FAIL" for name in ("passed", "memory_passed"))
@@ -216,7 +253,7 @@ def run(
     }  # fmt: skip
     flag = {"recipe": policy(config, given.full, given.sink, given.recent)}
     result: dict[str, Any] = {}
-    if {"exact", "decode"} & set(given.only):
+    if {"exact", "decode", "kernels"} & set(given.only):
         pair = {**options, "max_model_len": max(given.lengths) + 64, "max_num_seqs": 16}
         pair |= {"gpu_memory_utilization": given.share} if device == "cuda" else {}
         uncut, cut = Engine(model, None, pair), Engine(model, flag, pair)
@@ -243,6 +280,13 @@ def run(
             for row in decode(uncut.llm, cut.llm, config, given, width, result["bandwidth"]):
                 print(line(row), flush=True)
                 result["decode"].append(row)
+                save(result)
+        if "kernels" in given.only:
+            result["kernels"] = []
+            for length, name, ran in kernels(uncut.llm, cut.llm, config, given):
+                print(f"{length} tokens, {name}: {sum(us for _, _, us in ran):.0f} us a token", flush=True)
+                print("\n".join(f"  {count:7.1f} x {us:8.1f} us  {what}" for what, count, us in ran[:14]), flush=True)
+                result["kernels"].append({"length": length, "engine": name, "ran": ran})
                 save(result)
         close(uncut, cut)
     if "room" in given.only:
