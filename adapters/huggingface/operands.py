@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from headpatch.adapters.huggingface.discover import output_projection
 from headpatch.adapters.huggingface.images import image_columns, image_queries, salient_columns
 from headpatch.adapters.huggingface.plan import rows_key
+from headpatch.adapters.huggingface.rows import state_of
 from headpatch.adapters.huggingface.scores import explicit
 from headpatch.adapters.huggingface.statistics import CallStatistics
 from headpatch.errors import EngineError
@@ -218,10 +219,7 @@ class OperandServer(CallStatistics):
     def kept(self) -> dict[tuple[Any, ...], Tensor]:
         """State of this request: kept with its cache, or with the call until that has made one."""
         rows = self.known_rows()
-        kept: dict[tuple[Any, ...], Tensor] = (
-            rows.derived if rows.cache is None else rows.cache.__dict__.setdefault("headpatch_state", {})
-        )
-        return kept
+        return rows.derived if rows.cache is None else state_of(rows.cache)
 
     def _layer_input(self) -> Tensor:
         found = self.known_rows().layer_inputs.get(self.state.layer)

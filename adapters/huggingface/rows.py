@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from headpatch.adapters.huggingface.controller import Controller
     from headpatch.adapters.huggingface.kvplan import Policy
 
-__all__ = ["Rows", "StackHooks"]
+__all__ = ["Rows", "StackHooks", "state_of"]
 
 LONG = 512
 """From this length on a padded prompt is worth a look at its mask: rows one by one, without a mask, are then the faster way."""
@@ -219,11 +219,19 @@ class StackHooks:
         if cache is not None and hasattr(cache, "get_seq_length"):
             self.controller.mark(cache)
             if rows is not None and rows.derived:
-                cache.__dict__.setdefault("headpatch_state", {}).update(rows.derived)
+                state_of(cache).update(rows.derived)
         if torch.compiler.is_compiling():
             self.traced = None
         else:
             self.by_thread.pop(threading.get_ident(), None)
+
+
+def state_of(cache: Any) -> dict[tuple[Any, ...], Tensor]:
+    """State of the request that a cache belongs to. (Plain attributes: torch 2.11 cannot trace methods of ``cache.__dict__``.)"""
+    kept: dict[tuple[Any, ...], Tensor] | None = getattr(cache, "headpatch_state", None)
+    if kept is None:
+        kept = cache.headpatch_state = {}
+    return kept
 
 
 def _first(given: dict[str, Any], *names: str) -> Any:
