@@ -28,7 +28,7 @@ from zoo import SOURCE, ZOO
 
 import headpatch
 from headpatch import EngineError, RecipeError, UnsupportedModelError
-from headpatch.adapters.huggingface import mass
+from headpatch.adapters.huggingface import cells
 
 __all__ = ["one_thread", "silent"]
 pytestmark = pytest.mark.filterwarnings("error")
@@ -331,11 +331,11 @@ def test_hidden_keys_are_masked_keys(dtype, heads, monkeypatch):
     def run(dtype: torch.dtype, masked: bool) -> Tensor:
         model = ZOO["llama"].build(torch.float64).to(dtype)
         headpatch.apply(model, recipe_of("act", heads, threshold=1.5, threshold_per="prompt_length"))
-        hidden, hiding = [], mass._Hiding.rows
+        hidden, hiding = [], cells._Hiding.rows
         with monkeypatch.context() as patched, torch.no_grad():
-            patched.setattr(mass._Hiding, "rows", lambda *given: hidden.append(1) or hiding(*given))
+            patched.setattr(cells._Hiding, "rows", lambda *given: hidden.append(1) or hiding(*given))
             if masked:
-                patched.setattr(mass, "biased_keys_suit", lambda call: False)
+                patched.setattr(cells, "biased_keys_suit", lambda call: False)
             found = logits(model, {"input_ids": tokens}).double()
         assert bool(hidden) == (not masked and not many)
         return found

@@ -28,7 +28,7 @@ from zoo import ZOO
 
 import headpatch
 from headpatch import EngineError, RecipeError, UnsupportedModelError
-from headpatch.adapters.huggingface import mass
+from headpatch.adapters.huggingface import cells
 
 __all__ = ["one_thread", "silent"]
 pytestmark = pytest.mark.filterwarnings("error")
@@ -286,15 +286,15 @@ def test_a_cache_made_for_other_spans_is_refused():
 @pytest.mark.parametrize("heads", [{1: 0.01}, {0: 0.01, 1: 0.3, 2: 1e-6, 3: 0.9}])
 def test_a_weight_in_the_keys_is_the_weight_of_a_cell(dtype, heads, monkeypatch):
     """Prompts without a mask take the ordinary kernel with wider queries and keys, everything else attends to cells: as exact."""
-    calls, by_key_bias, tokens = [], mass.by_key_bias, ids(2, 40)
-    monkeypatch.setattr(mass, "by_key_bias", lambda *given: calls.append(1) or by_key_bias(*given))
+    calls, by_key_bias, tokens = [], cells.by_key_bias, ids(2, 40)
+    monkeypatch.setattr(cells, "by_key_bias", lambda *given: calls.append(1) or by_key_bias(*given))
 
-    def run(dtype: torch.dtype, cells: bool) -> Tensor:
+    def run(dtype: torch.dtype, masked: bool) -> Tensor:
         model = ZOO["llama"].build(torch.float64).to(dtype)
         handle = headpatch.apply(model, recipe_of("pasta", heads))
         with monkeypatch.context() as patched, torch.no_grad(), handle.inputs(spans=[[(3, 9)], []]):
-            if cells:
-                patched.setattr(mass, "biased_keys_suit", lambda call: False)
+            if masked:
+                patched.setattr(cells, "biased_keys_suit", lambda call: False)
             return logits(model, {"input_ids": tokens}).double()
 
     exact = run(torch.float64, True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from headpatch.adapters.huggingface import mass, scores
+from headpatch.adapters.huggingface import cells, mass, scores
 from headpatch.adapters.huggingface.kvcall import kept_attention
 from headpatch.adapters.huggingface.kvplan import Policy, part_of
 from headpatch.adapters.huggingface.masks import Visible, visible
@@ -260,12 +260,12 @@ def _edited(call: mass.Call, plan: LayerPlan, server: OperandServer | None, fuse
     if step or any(e.method.family == "scores" for e in edits):
         since = scores.first_edited(server, edits)
         return scores.explicit(call, edits, masks, plan.owned, server.operands_of, since=since), False
-    if plan.log_weights is not None and mass.biased_keys_suit(call):
-        (keys,) = masks(0, 1)
-        if keys.shape[1] == keys.shape[2] == 1:
-            keys = keys[:, 0, 0].expand(call.q.shape[0], -1)
-            return mass.by_key_bias(call, edits[0].heads, plan.log_weights.to(keys.device), keys), False
-    return mass.by_cells(call, edits, masks, plan.owned, server.operands_of), False
+    if plan.log_weights is not None and cells.biased_keys_suit(call):
+        flags = server.key_flags(plan.segments[0])
+        if flags is not None:
+            columns = plan.bias_columns(call.q, call.scale)
+            return cells.by_key_bias(call, edits[0].heads, columns, flags), False
+    return cells.by_cells(call, edits, masks, plan.owned, server.operands_of), False
 
 
 def base_attention(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from headpatch.adapters.huggingface.discover import Layout
     from headpatch.adapters.huggingface.operands import OperandServer
     from headpatch.adapters.huggingface.plan import LayerPlan
+    from headpatch.adapters.huggingface.segmentkeys import SegmentKeys
 
 __all__ = [
     "ClassTokenRows", "ClassTokenWatch", "encoded_before", "image_columns", "image_queries", "image_token_of", "salient_columns",
@@ -38,7 +39,7 @@ def image_token_of(config: Any) -> int | None:
     return getattr(config, "image_token_index", None) if token is None else token
 
 
-def image_columns(server: OperandServer) -> Tensor:
+def image_columns(server: SegmentKeys) -> Tensor:
     """[b, columns so far, or fewer] bool: columns of image placeholder tokens; those that are not named are none."""
     rows, name = server.known_rows(), server.state.name
     token = rows.known.get("image_token_id")
@@ -70,7 +71,7 @@ def image_columns(server: OperandServer) -> Tensor:
     return rows.images
 
 
-def image_queries(server: OperandServer) -> Tensor:
+def image_queries(server: SegmentKeys) -> Tensor:
     """[b, queries of this call] bool: which of them are image tokens."""
     image_columns(server)
     found = server.known_rows().image_queries
@@ -78,7 +79,7 @@ def image_queries(server: OperandServer) -> Tensor:
     return found
 
 
-def salient_columns(server: OperandServer, segment: Segment) -> Tensor:
+def salient_columns(server: SegmentKeys, segment: Segment) -> Tensor:
     """[b, columns of the prompt] bool: image tokens whose patch the class token looks at, as the segment's options say."""
     places, name = image_columns(server), server.state.name
     if not bool(places.any()):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from headpatch.segments import log_sum_exp
 
-__all__ = ["attend", "attend_tiled", "flash_for_cpu", "repeat_kv", "score_dtype", "source"]
+__all__ = ["attend", "attend_tiled", "flash_for_cpu", "queries_at_once", "repeat_kv", "score_dtype", "source"]
 
 # torch's own bindings, where there are any: a third of what a call through torch.ops costs the host.
 _flash = getattr(torch, "_scaled_dot_product_flash_attention", torch.ops.aten._scaled_dot_product_flash_attention)
@@ -39,6 +39,8 @@ FILL = 128
 """Rows of attention that keep a large GPU busy."""
 BLOCK = 256
 """Queries that the tiled fallback handles at once."""
+ROOM = 1 << 24
+"""Numbers in a block on a GPU, where every block costs its launches: 64 MiB of fp32."""
 
 
 def score_dtype(x: Tensor) -> torch.dtype:
@@ -52,6 +54,11 @@ def repeat_kv(x: Tensor, groups: int) -> Tensor:
         return x
     b, kv, n, d = x.shape
     return x[:, :, None].expand(b, kv, groups, n, d).reshape(b, kv * groups, n, d)
+
+
+def queries_at_once(q: Tensor, least: int, numbers: int) -> int:
+    """Queries of a block: `least`, and on a GPU as many as there is room for where each takes so many `numbers`."""
+    return least if q.device.type == "cpu" else max(least, ROOM // max(1, numbers) // 8 * 8)
 
 
 def source(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float | None) -> str:

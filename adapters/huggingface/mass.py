@@ -1,12 +1,11 @@
 """Attention with edited masses, on fused kernels.
 
-Four forms, all exact (see :mod:`headpatch.segments` for the algebra):
+Forms, all exact (see :mod:`headpatch.segments` for the algebra):
 
 * :func:`first_token`: constant weights on the first token. The kernel runs on the complement (all keys but that one), then one
   fused pass puts the key back with its weight.
-* :func:`by_key_bias`: constant weights on another set of keys in a prompt without a mask, as extra head dimensions.
-* :func:`by_cells`: anything else in the mass family. One kernel pass per cell of intersected segments, merged by log-sum-exp.
 * :func:`differentiable`: constant weights with gradients, as extra head dimensions under the ordinary kernel.
+* Segments other than the first token: :mod:`headpatch.adapters.huggingface.cells`.
 
 Layers with a scores edit go another way: :mod:`headpatch.adapters.huggingface.scores`.
 """
@@ -14,24 +13,18 @@ Layers with a scores edit go another way: :mod:`headpatch.adapters.huggingface.s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from headpatch.adapters.huggingface.lse import attend, attend_tiled, flash_for_cpu, score_dtype
 from headpatch.adapters.huggingface.masks import Visible
-from headpatch.adapters.huggingface.plan import Edit
 from headpatch.kernels.first_token import merge_first_token
 from headpatch.kernels.step import can_merge_step, merge_step
-from headpatch.scores import on_heads
-from headpatch.segments import augment, cell_log_weights, cells, include_sink, merge
+from headpatch.segments import augment, include_sink
 
-__all__ = [
-    "Call", "FirstKey", "biased_keys_suit", "by_cells", "by_key_bias", "differentiable", "first_token", "step", "unedited",
-]  # fmt: skip
+__all__ = ["Call", "FirstKey", "differentiable", "first_token", "of_heads", "step", "unedited"]
 
 BLOCK = 1024
 """Queries per kernel call where a mask has to be edited: bounds memory to one block of it."""
@@ -76,6 +69,7 @@ class Call:
     first: FirstKey
     ranges: list[tuple[int, int]] | None = None
     """Each row's tokens, where padding is all that `seen` holds beside causality."""
+    _of_heads: list[tuple[Tensor, Call]] = field(init=False, repr=False, default_factory=list)
 
     @property
     def groups(self) -> int:
@@ -97,6 +91,20 @@ class Call:
         before, its_lse = self.attend(q, k[:, :, :past], v[:, :, :past], None)
         share = torch.sigmoid(its_lse - lse).unsqueeze(-1)
         return torch.lerp(o.to(share.dtype), before.to(share.dtype), share).to(o.dtype), torch.logaddexp(lse, its_lse)
+
+
+def of_heads(call: Call, heads: Tensor) -> Call:
+    """The call of these query heads alone, each with a copy of its keys and values; kept, because several ask for the same."""
+    for known, found in call._of_heads:
+        if known is heads:
+            return found
+    kv = heads if call.groups == 1 else heads // call.groups
+    sinks = None if call.sinks is None else call.sinks.index_select(0, heads)
+    found = replace(
+        call, q=call.q.index_select(1, heads), k=call.k.index_select(1, kv), v=call.v.index_select(1, kv), sinks=sinks
+    )
+    call._of_heads.append((heads, found))
+    return found
 
 
 def first_token(call: Call, weight: Tensor, head_scale: Tensor | None = None, gentle: bool = False) -> Tensor:
@@ -207,127 +215,6 @@ def _masked_block(call: Call, weight: Tensor, head_scale: Tensor | None, start: 
     )  # fmt: skip
 
 
-Segments = Callable[[int, int], list[Tensor]]
-"""Masks of the segments that a plan's edits name, for queries start..stop, each broadcastable to [b, H, q, n]."""
-Owned = tuple[tuple[int, ...], ...]
-"""Per edit, its segments' places in what a :data:`Segments` returns."""
-OperandsAt = Callable[[Edit, int, int], dict[str, Any]]
-"""What an edit's method asked for, for queries start..stop."""
-
-
-def by_cells(call: Call, edits: tuple[Edit, ...], segments: Segments, owned: Owned, operands: OperandsAt) -> Tensor:
-    """Attention with any mass edits; `owned` lists, per edit, its segments' places in what `segments` returns.
-
-    Where one edit names few of the heads, all heads take the ordinary kernel once, and its cells run for those heads alone.
-    """
-    few = len(edits) == 1 and (len(owned[0]) + 1) * len(edits[0].heads) <= len(owned[0]) * call.q.shape[1]
-    heads = edits[0].heads if few else None
-    some = call if heads is None else _of_heads(call, heads)
-    n_q, n_k = call.q.shape[2], call.seen.keys
-    k, v = some.k[:, :, :n_k], some.v[:, :, :n_k]  # what is behind are unwritten slots of a static cache
-    blocks, start = [], 0
-    hiding = _Hiding.of(some, [_rows_of(s, heads) for s in segments(0, 1)])
-    while start < n_q:
-        masks = [_rows_of(s, heads) for s in segments(start, min(n_q, start + BLOCK))]
-        per_head = max(m.shape[1] for m in masks)
-        stop = min(n_q, start + max(64, BLOCK // per_head))  # a mask per head takes that many times the memory
-        masks = [s[..., : stop - start, :n_k] for s in masks]
-        mask = _rows_of(call.seen.block(start, stop), heads)
-        outputs, lses, inside = [], [], []
-        for names, cell in _partition(masks, owned[0]) if len(edits) == 1 else cells(masks):
-            if hiding is not None:
-                o, lse = hiding.rows(names, cell, start, stop)
-            else:
-                o, lse = call.attend(some.q[:, :, start:stop], k, v, _and(mask, cell))
-            outputs.append(o)
-            lses.append(lse)
-            inside.append(names)
-        if some.sinks is not None:  # a key of value zero, in no segment
-            outputs.append(torch.zeros_like(outputs[0]))
-            lses.append(some.sinks.to(lses[0])[:, None].expand_as(lses[0]))
-            inside.append(())
-        given = [(edit, operands(edit, start, stop)) for edit in edits]
-        patches = [(owned[i], on_heads(*pair, everywhere=heads is not None)) for i, pair in enumerate(given)]
-        blocks.append(merge(outputs, lses, cell_log_weights(lses, inside, patches)))
-        start = stop
-    out = torch.cat(blocks, 2)
-    if heads is not None:
-        out = unedited(call).index_copy(1, heads, out)
-    return out.transpose(1, 2).contiguous()
-
-
-def biased_keys_suit(call: Call) -> bool:
-    """Whether :func:`by_key_bias` can take this call: a prompt without a mask, and nothing that a kernel of extra width lacks."""
-    grad = torch.is_grad_enabled() and (call.q.requires_grad or call.k.requires_grad or call.v.requires_grad)
-    return (
-        call.seen.kind == "causal" and call.q.shape[2] > 1 and call.softcap is None and call.sinks is None and not grad
-        and call.q.shape[-1] == call.v.shape[-1]
-    )  # fmt: skip
-
-
-def by_key_bias(call: Call, heads: Tensor, log_weights: Tensor, keys: Tensor) -> Tensor:
-    """Attention of a prompt with constant weights, exp(`log_weights`) [h, 1], of these heads on `keys`, [b, n].
-
-    One pass of the ordinary causal kernel over queries and keys that are some numbers wider, instead of a masked one for each cell.
-    """
-    few, width, n = 2 * len(heads) <= call.q.shape[1], call.q.shape[-1], call.seen.keys
-    some = _of_heads(call, heads) if few else call
-    every = log_weights if few else log_weights.new_zeros(call.q.shape[1], 1).index_copy(0, heads, log_weights)
-    q, k, v = augment(some.q, some.k[:, :, :n], some.v[:, :, :n], every, keys[:, :n, None], call.scale)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=call.scale, enable_gqa=some.groups > 1
-    )[..., :width]
-    if few:
-        out = unedited(call).index_copy(1, heads, out)
-    return out.transpose(1, 2).contiguous()
-
-
-class _Hiding:
-    """Cells of a prompt without a mask, each by one pass of the ordinary causal kernel over all queries: keys outside the cell get a
-    number in a head dimension of their own that no softmax sees through. A mask would cost the kernel its speed.
-    """
-
-    def __init__(self, call: Call) -> None:
-        self.call, n = call, call.seen.keys
-        self.far = -float(2 ** (15 if call.q.dtype == torch.float16 else 30))
-        q, k, v = call.q, call.k[:, :, :n], call.v[:, :, :n]
-        width = q.shape[-1]
-        self.q = torch.nn.functional.pad(torch.nn.functional.pad(q, (0, 1), value=self.far), (0, -(width + 1) % 8))
-        self.k, self.v = k, torch.nn.functional.pad(v, (0, self.q.shape[-1] - width))
-        self.done: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-
-    @classmethod
-    def of(cls, call: Call, masks: list[Tensor]) -> _Hiding | None:
-        """None where a cell is not the same for all queries and for all query heads of a KV head."""
-        alike = all(m.shape[2] == 1 and m.shape[1] in (1, call.k.shape[1]) for m in masks)
-        return cls(call) if alike and biased_keys_suit(call) else None
-
-    def rows(self, names: tuple[int, ...], cell: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """(o, L) of some queries, of the cell with these names."""
-        if names not in self.done:
-            b, kv, n, width = self.k.shape
-            hidden = (~cell[..., 0, :, None]).expand(b, kv, n, 1).to(self.k.dtype)
-            k = torch.nn.functional.pad(torch.cat([self.k, hidden], -1), (0, self.q.shape[-1] - width - 1))
-            o, lse = self.call.attend(self.q, k, self.v, None, causal=True)
-            self.done[names] = o[..., :width], lse.masked_fill(lse < self.far * self.call.scale / 2, -math.inf)
-        o, lse = self.done[names]
-        return o[:, :, start:stop], lse[:, :, start:stop]
-
-
-def _of_heads(call: Call, heads: Tensor) -> Call:
-    """The call of these query heads alone, each with a copy of its keys and values."""
-    kv = heads // call.groups
-    sinks = None if call.sinks is None else call.sinks.index_select(0, heads)
-    return replace(
-        call, q=call.q.index_select(1, heads), k=call.k.index_select(1, kv), v=call.v.index_select(1, kv), sinks=sinks
-    )
-
-
-def _rows_of(mask: Any, heads: Tensor | None) -> Any:
-    """A mask [b, 1 or H, ...] of these heads."""
-    return mask if mask is None or heads is None or mask.shape[1] == 1 else mask.index_select(1, heads)
-
-
 def unedited(call: Call) -> Tensor:
     """[b, H, q, d] of the ordinary kernel."""
     n_q, n_k = call.q.shape[2], call.seen.keys
@@ -340,23 +227,6 @@ def unedited(call: Call) -> Tensor:
     else:
         out, lse = call.attend(call.q, k, v, None, causal=call.seen.kind == "causal")
     return out if call.sinks is None else include_sink(out, lse, call.sinks)[0]
-
-
-def _partition(masks: list[Tensor], named: tuple[int, ...]) -> list[tuple[tuple[int, ...], Tensor]]:
-    """One cell per segment of a single edit, and the rest; a key that lies in two belongs to the first."""
-    found, free = [], torch.ones((), dtype=torch.bool, device=masks[0].device)
-    for i in named:
-        found.append(((i,), masks[i] & free))
-        free = free & ~masks[i]
-    return [*found, ((), free)]
-
-
-def _and(mask: Tensor | None, cell: Tensor) -> Tensor:
-    if mask is None:
-        return cell
-    if mask.dtype == torch.bool:
-        return mask & cell
-    return torch.where(cell, mask, torch.finfo(mask.dtype).min)
 
 
 def differentiable(call: Call, weight: Tensor) -> Tensor:

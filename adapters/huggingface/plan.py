@@ -86,8 +86,8 @@ class LayerPlan:
         calls behind it are the untouched model's.
     restrictions
         What a call's data is looked through for: see :func:`rows_key`.
-    bias
-        Buffer of :meth:`first_bias`.
+    bias, columns
+        Buffers of :meth:`first_bias` and :meth:`bias_columns`.
     part_of
         The query heads of which this is a part of a layer's plan; empty for the plan of a layer.
     """
@@ -108,6 +108,7 @@ class LayerPlan:
     until: int | None = None
     restrictions: frozenset[str] = frozenset()
     bias: Tensor | None = field(default=None, repr=False)
+    columns: dict[Any, Tensor] = field(default_factory=dict, repr=False)
     part_of: tuple[int, ...] = ()
 
     @classmethod
@@ -158,6 +159,22 @@ class LayerPlan:
             # finfo.min and not -inf for weight 0: the kernel adds it to a score.
             self.bias[0, :, 0, 0] = weight.log().clamp_min(torch.finfo(weight.dtype).min)
         return self.bias[..., :keys]
+
+    def bias_columns(self, q: Tensor, scale: float) -> Tensor:
+        """[h, e] numbers that make of ones in a key `log_weights` on its score, in as many head dimensions as kernels like."""
+        key = (q.dtype, q.device, q.shape[-1], scale)
+        if key in self.columns and not torch.compiler.is_compiling():
+            return self.columns[key]
+        assert self.log_weights is not None
+        rest, found = self.log_weights.to(q.device) / scale, []
+        # Low precision cannot hold a logarithm in one number; the next column takes what rounding left.
+        for _ in range(1 if q.dtype in (torch.float32, torch.float64) else 3):
+            found.append(rest.to(q.dtype))
+            rest = rest - found[-1].to(rest.dtype)
+        made = torch.nn.functional.pad(torch.cat(found, 1), (0, -(q.shape[-1] + len(found)) % 8))
+        if not torch.compiler.is_compiling():
+            self.columns[key] = made
+        return made
 
     def constants(self) -> tuple[Tensor | None, Tensor | None]:
         """(first_weight, scale) from the strengths as they are now, differentiable."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,8 @@ class Rows:
         Whether attention matrices were asked for, in the call or in the config.
     mask
         The model-level mask as it was given.
+    once
+        What :meth:`remember` keeps for all layers of this call.
     kept, chunk
         Under a cache policy: what the layers of the cache share, or, without a cache, what this call brings.
     """
@@ -101,8 +104,16 @@ class Rows:
     ranges: dict[Any, tuple[Tensor, list[tuple[int, int]] | None]] = field(default_factory=dict)
     wants_weights: bool = False
     mask: Any = None
+    once: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     kept: Any = None
     chunk: Any = None
+
+    def remember(self, key: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
+        """What does not depend on the layer, computed once in a call; `key` says all that it depends on."""
+        found = self.once.get(key)
+        if found is None:
+            found = self.once[key] = compute()
+        return found
 
     def begins_at(self) -> int:
         """`past` as a number. Waits for the device once in a call where a static cache counts there."""

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from headpatch.adapters.huggingface.cells import OperandsAt, Owned, Segments
 from headpatch.adapters.huggingface.lse import repeat_kv, score_dtype
-from headpatch.adapters.huggingface.mass import Call, OperandsAt, Owned, Segments, blocks_of, unedited
+from headpatch.adapters.huggingface.mass import Call, blocks_of, unedited
 from headpatch.adapters.huggingface.plan import Edit
 from headpatch.methods.base import ScoresMethod
 from headpatch.scores import attention_of, edit_scores
@@ -44,7 +45,8 @@ def explicit(
         scores = (_dot(q, k) if fused else torch.matmul(q, k.transpose(2, 3))) * call.scale
         if call.softcap is not None:
             scores = call.softcap * torch.tanh(scores / call.softcap)
-        mask = call.seen.block(start, stop)
+        all_seen = call.seen.kind in ("causal", "tail") and start == n_q - 1  # by the last query
+        mask = None if all_seen else call.seen.block(start, stop)
         if mask is not None:
             low = torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else None
             scores = scores.masked_fill(~mask if low is None else mask < low, -math.inf)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from headpatch.adapters.huggingface.lse import attend, repeat_kv, score_dtype
+from headpatch.adapters.huggingface.cells import biased_keys_suit
+from headpatch.adapters.huggingface.lse import attend, queries_at_once, repeat_kv, score_dtype
+from headpatch.adapters.huggingface.mass import of_heads
 from headpatch.errors import EngineError
 
 if TYPE_CHECKING:
@@ -43,8 +46,16 @@ class CallStatistics:
         first = first.to(q.device)
         return first if first.shape[0] == q.shape[0] else first.repeat_interleave(q.shape[0] // first.shape[0], 0)
 
+    def _once(self, name: str, compute: Callable[[], Tensor], *of: Any) -> Tensor:
+        """What all calls of these rows with as many queries on this device share (and `of` says what else it depends on)."""
+        q = self.call.q
+        return self.known_rows().remember((name, self.state.part, q.shape[0], q.shape[2], q.device, *of), compute)
+
     def position(self) -> Tensor:
         """[b, q] position of each query, counted from its row's first real token."""
+        return self._once("position", self._position)
+
+    def _position(self) -> Tensor:
         rows, n_q = self.known_rows(), self.call.q.shape[2]
         first = self._first()
         columns = torch.arange(n_q, device=first.device) + rows.past
@@ -93,13 +104,50 @@ class CallStatistics:
         weights = torch.exp(scores - total).nan_to_num(0.0)  # a row of padding sees nothing
         return nn.functional.pad(weights, (0, call.k.shape[2] - n))
 
-    def _real_queries(self, start: int, stop: int) -> Tensor:
+    def _real_queries(self) -> Tensor:
         """[b, q] which queries of this call are real tokens."""
-        rows = self.known_rows()
-        real = self.position() >= 0
-        if rows.real is not None and isinstance(rows.past, int):
-            real = real & rows.real[:, rows.past : rows.past + rows.length].to(real.device)
-        return real[:, start:stop]
+
+        def find() -> Tensor:
+            rows = self.known_rows()
+            real = self.position() >= 0
+            if rows.real is not None and isinstance(rows.past, int):
+                real = real & rows.real[:, rows.past : rows.past + rows.length].to(real.device)
+            return real
+
+        return self._once("real queries", find)
+
+    def _counted(self, until: Tensor | None) -> Tensor:
+        """[b, q] real queries, of the prompt alone where `until` says how long that is."""
+        if until is None:
+            return self._real_queries()
+        return self._once("asked", lambda: self._real_queries() & (self.position() < until[:, None]))
+
+    def _seen_by(self, asked: Tensor, within: bool) -> Tensor:
+        """[b, 1, n] by how many of the queries that count each key is seen in a causal prompt: its own, and those behind."""
+
+        def count() -> Tensor:
+            behind = asked.long().flip(1).cumsum(1).flip(1)
+            return nn.functional.pad(behind, (0, self.call.k.shape[2] - behind.shape[1]))[:, None]
+
+        return self._once("seen by", count, within, self.call.k.shape[2])
+
+    def _causal_sums(self, heads: Tensor, asked: Tensor) -> Tensor:
+        """:meth:`column_sums` of some heads of a causal prompt, in few and large blocks: each costs its launches."""
+        some, n_q = of_heads(self.call, heads), self.call.q.shape[2]
+        dtype = score_dtype(some.q)
+        q, k = some.q.to(dtype) * self.call.scale, some.k[:, :, :n_q].to(dtype).transpose(2, 3)
+        counted = asked.to(dtype)[:, None, None]
+        total = q.new_zeros(*q.shape[:2], 1, self.call.k.shape[2])
+        least = BLOCK * max(1, min(4, 8 // len(heads)))
+        size = min(n_q, queries_at_once(q, least, q.shape[0] * q.shape[1] * n_q))
+        hidden = self._once("hidden", lambda: q.new_full((size, size), -math.inf).triu(1), size, dtype)
+        for start in range(0, n_q, size):
+            stop = min(n_q, start + size)
+            # Queries see nothing behind themselves: half of the work on average.
+            scores = torch.matmul(q[:, :, start:stop], k[..., :stop])
+            scores[..., start:].add_(hidden[: stop - start, : stop - start])
+            total[..., :stop].add_(torch.matmul(counted[..., start:stop], torch.softmax(scores, -1)))
+        return total[:, :, 0]
 
     def column_sums(self, heads: Tensor | None = None, until: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Attention that each key receives from the real queries of this call, and how many of them can see it.
@@ -109,7 +157,7 @@ class CallStatistics:
         heads
             Of these heads only, ids [h].
         until
-            [b] Of queries before this position only: a call may hold more than the prompt.
+            [b] Lengths of the rows' prompts, to count their queries alone: a call may hold more.
 
         Returns
         -------
@@ -117,13 +165,13 @@ class CallStatistics:
             [b, H or h, n] sums and [b, 1, n] counts.
         """
         n_q, n_k = self.call.q.shape[2], self.call.k.shape[2]
-        asked = self._real_queries(0, n_q)
-        if until is not None:
-            asked = asked & (self.position() < until[:, None])
+        asked = self._counted(until)
         causal = self.call.seen.kind == "causal"
+        if causal and heads is not None and biased_keys_suit(self.call):
+            return self._causal_sums(heads, asked), self._seen_by(asked, until is not None)
         total, count = self.call.q.new_zeros(()), torch.zeros((), dtype=torch.long, device=self.call.q.device)
-        if causal:  # a key is seen by its own query and those behind: no mask has to be added up
-            count = nn.functional.pad(asked.long().flip(1).cumsum(1).flip(1), (0, n_k - n_q))[:, None]
+        if causal:
+            count = self._seen_by(asked, until is not None)
         # Few heads: fewer, larger blocks, each of which costs its launches.
         size = BLOCK * max(1, min(4, 8 // (self.call.q.shape[1] if heads is None else len(heads))))
         for start in range(0, n_q, size):

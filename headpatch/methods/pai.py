@@ -59,8 +59,8 @@ class PayAttentionToImage(ScoresMethod):
     def transform(self, scores: Tensor, strength: Tensor, operands: Operands) -> Tensor:
         import torch
 
-        outside = torch.isneginf(scores)
-        raised = scores + strength[:, None, None] * scores.masked_fill(outside, 0.0).abs()
+        # Outside, -inf, the sum stays that: the size is a finite number there.
+        raised = torch.addcmul(scores, strength[:, None, None], scores.clamp_min(-1e30).abs())
         if self.queries == "all":
             return raised
         edited = operands["position"] >= operands["prompt_len"][:, None] - 1

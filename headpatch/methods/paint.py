@@ -86,6 +86,7 @@ class Paint(ScoresMethod):
         import torch
 
         factor = strength * (self.alpha, self.beta)[operands["segment"]]
-        size = scores.masked_fill(torch.isneginf(scores), 0.0).abs()
+        # Outside, -inf, the sum stays that: the size is a finite number there.
+        raised = torch.addcmul(scores, factor[:, None, None], scores.clamp_min(-1e30).abs())
         edited = operands["position"] >= operands["prompt_len"][:, None] - 1
-        return torch.where(edited[:, None, :, None], scores + factor[:, None, None] * size, scores)
+        return torch.where(edited[:, None, :, None], raised, scores)

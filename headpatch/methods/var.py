@@ -94,5 +94,6 @@ class VisualAttentionRedistribution(MassMethod):
         gate = gate & ~operands["image_queries"][:, None]
         if self.require_visual_sink:
             gate = gate & (visual > 0)
-        moved = torch.where(gate, strength[:, None], 0.0)
-        return torch.stack([content + moved * (visual + text), (1 - moved) * visual, (1 - moved) * text, rest])
+        moved = gate * strength[:, None]
+        kept = 1 - moved
+        return torch.stack([torch.addcmul(content, moved, visual + text), kept * visual, kept * text, rest])
