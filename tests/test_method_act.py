@@ -322,22 +322,22 @@ def test_what_is_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [{1: 0.2}, {0: 0.2, 2: 0.0}, {0: 0.4, 1: 0.2, 2: 0.1, 3: 0.0}])
-def test_hidden_keys_are_masked_keys(dtype, heads, monkeypatch):
-    """Prompts without a mask attend to cells by the ordinary kernel, which hides keys; as exact as with a mask. Masks that differ
-    between the query heads of a KV head cannot be hidden (the last case).
+def test_ones_in_keys_and_values_are_masks(dtype, heads, monkeypatch):
+    """Prompts without a mask take the ordinary kernel, and say in the keys which cell they are in; as exact as with a mask. Cells
+    that differ between the query heads of a KV head cannot be said there (the last case).
     """
     tokens, many = ids(2, 40), len(heads) > 2
 
     def run(dtype: torch.dtype, masked: bool) -> Tensor:
         model = ZOO["llama"].build(torch.float64).to(dtype)
         headpatch.apply(model, recipe_of("act", heads, threshold=1.5, threshold_per="prompt_length"))
-        hidden, hiding = [], cells._Hiding.rows
+        taken, inner = [], cells._in_two_passes
         with monkeypatch.context() as patched, torch.no_grad():
-            patched.setattr(cells._Hiding, "rows", lambda *given: hidden.append(1) or hiding(*given))
+            patched.setattr(cells, "_in_two_passes", lambda *given: taken.append(1) or inner(*given))
             if masked:
                 patched.setattr(cells, "biased_keys_suit", lambda call: False)
             found = logits(model, {"input_ids": tokens}).double()
-        assert bool(hidden) == (not masked and not many)
+        assert bool(taken) == (not masked and not many)
         return found
 
     exact = run(torch.float64, True)

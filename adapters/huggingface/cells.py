@@ -1,7 +1,8 @@
 """Attention with edited masses of any segments: a kernel pass per cell of keys, or one with weights in the keys.
 
 * :func:`by_key_bias`: constant weights on one set of keys where there is no mask, as extra head dimensions.
-* :func:`by_cells`: anything else in the mass family. One kernel pass per cell of intersected segments, merged by log-sum-exp.
+* :func:`by_cells`: anything else in the mass family. One kernel pass per cell of intersected segments, merged by log-sum-exp; or,
+  where there is no mask, one pass for the cells' shares and one with each row's weights in the keys.
 
 On a GPU it is the host's launches that take time here: tensors are small, and what can be said in one call is.
 """
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headpatch.adapters.huggingface.lse import queries_at_once
+from headpatch.adapters.huggingface.lse import score_dtype
 from headpatch.adapters.huggingface.mass import BLOCK, Call, of_heads, unedited
 from headpatch.adapters.huggingface.plan import Edit
 from headpatch.scores import on_heads
@@ -30,6 +31,9 @@ Owned = tuple[tuple[int, ...], ...]
 OperandsAt = Callable[[Edit, int, int], dict[str, Any]]
 """What an edit's method asked for, for queries start..stop."""
 
+SEGMENTS = 4
+"""So many have 16 cells at most, and kernels do not become too wide."""
+
 
 def by_cells(call: Call, edits: tuple[Edit, ...], segments: Segments, owned: Owned, operands: OperandsAt) -> Tensor:
     """Attention with any mass edits; `owned` lists, per edit, its segments' places in what `segments` returns.
@@ -41,34 +45,31 @@ def by_cells(call: Call, edits: tuple[Edit, ...], segments: Segments, owned: Own
     some = call if heads is None else of_heads(call, heads)
     n_q, n_k, sinks = call.q.shape[2], call.seen.keys, some.sinks
     k, v = some.k[:, :, :n_k], some.v[:, :, :n_k]  # what is behind are unwritten slots of a static cache
+    everywhere = len(edits[0].heads) == some.q.shape[1]
+    if _ones_suit(some, masks := [_rows_of(s, heads) for s in segments(0, 1)]):
+        given = [on_heads(e, operands(e, 0, n_q), everywhere) for e in edits]
+        out = _in_two_passes(some, masks, owned, given)
+        return _among(call, heads, out).transpose(1, 2).contiguous()
     blocks, start = [], 0
-    hiding = _Hiding.of(some, [_rows_of(s, heads) for s in segments(0, 1)], owned)
-    at_once = queries_at_once(call.q, BLOCK, some.q[:, :, 0].numel())
     while start < n_q:
-        if hiding is not None:
-            stop = min(n_q, start + at_once)
-            inside, outputs, lses = hiding.rows(start, stop)
-        else:
-            masks = [_rows_of(s, heads) for s in segments(start, min(n_q, start + BLOCK))]
-            per_head = max(m.shape[1] for m in masks)
-            stop = min(n_q, start + max(64, BLOCK // per_head))  # a mask per head takes that many times the memory
-            masks = [s[..., : stop - start, :n_k] for s in masks]
-            mask = _rows_of(call.seen.block(start, stop), heads)
-            found = _partition(masks, owned[0]) if len(edits) == 1 else cells(masks)
-            inside = [names for names, _ in found]
-            pairs = [call.attend(some.q[:, :, start:stop], k, v, _and(mask, cell)) for _, cell in found]
-            outputs, lses = [o for o, _ in pairs], torch.stack([lse for _, lse in pairs])
-        given = [on_heads(e, operands(e, start, stop), everywhere=len(e.heads) == some.q.shape[1]) for e in edits]
+        masks = [_rows_of(s, heads) for s in segments(start, min(n_q, start + BLOCK))]
+        per_head = max(m.shape[1] for m in masks)
+        stop = min(n_q, start + max(64, BLOCK // per_head))  # a mask per head takes that many times the memory
+        masks = [s[..., : stop - start, :n_k] for s in masks]
+        mask = _rows_of(call.seen.block(start, stop), heads)
+        found = _partition(masks, owned[0]) if len(edits) == 1 else cells(masks)
+        inside = [names for names, _ in found]
+        pairs = [call.attend(some.q[:, :, start:stop], k, v, _and(mask, cell)) for _, cell in found]
+        outputs, lses = [o for o, _ in pairs], [lse for _, lse in pairs]
+        given = [on_heads(e, operands(e, start, stop), everywhere) for e in edits]
         if len(edits) == 1 and sinks is None:
-            blocks.append(_reshared(outputs, lses, given[0], blind=hiding is None))
+            blocks.append(_reshared(outputs, torch.stack(lses), given[0]))
         else:
-            parts = list(lses if hiding is None else lses.masked_fill(lses < hiding.limit, -math.inf))
             if sinks is not None:  # a key of value zero, in no segment
-                outputs = [*outputs, torch.zeros_like(outputs[0])]
-                parts.append(sinks.to(lses)[:, None].expand_as(parts[0]))
-                inside = [*inside, ()]
-            log_w = cell_log_weights(parts, inside, list(zip(owned, given, strict=True)))
-            blocks.append(merge(outputs, parts, log_w))
+                outputs.append(torch.zeros_like(outputs[0]))
+                lses.append(sinks.to(lses[0])[:, None].expand_as(lses[0]))
+                inside.append(())
+            blocks.append(merge(outputs, lses, cell_log_weights(lses, inside, list(zip(owned, given, strict=True)))))
         start = stop
     out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
     return _among(call, heads, out).transpose(1, 2).contiguous()
@@ -82,24 +83,77 @@ def _among(call: Call, heads: Tensor | None, out: Tensor) -> Tensor:
     return every.index_copy(1, heads, out) if torch.is_grad_enabled() else every.index_copy_(1, heads, out)
 
 
-def _reshared(outputs: list[Tensor], lses: Tensor, reshare: Callable[[Tensor], Tensor], blind: bool) -> Tensor:
+def _reshared(outputs: list[Tensor], lses: Tensor, reshare: Callable[[Tensor], Tensor]) -> Tensor:
     """Cells merged with the shares that a single edit gives them: what :func:`headpatch.segments.merge` does, with fewer calls.
 
-    `lses` is [C, b, H, q], the cells in the order in which the edit's method gets its shares; `blind` where a row may see no key.
+    `lses` is [C, b, H, q], the cells in the order in which the edit's method gets its shares.
     """
-    if blind:
-        lses = lses.masked_fill(torch.isneginf(lses).all(0), 0.0)
-    before = torch.softmax(lses, 0)
-    # A segment without mass has no proportions to keep: nothing can be given to it. A row that sees nothing but emptied segments
-    # stays as it is.
-    after = reshare(before).masked_fill(before <= 0, 0.0)
-    total = after.sum(0)
-    tiny = torch.finfo(total.dtype).tiny
-    shares = torch.where(total > 0, after / total.clamp_min(tiny), before).unsqueeze(-1)
+    lses = lses.masked_fill(torch.isneginf(lses).all(0), 0.0)  # rows that see no key
+    shares = _new_shares(torch.softmax(lses, 0), reshare).unsqueeze(-1)
     merged = outputs[0] * shares[0]  # mixed dtypes are cast inside the kernels
     for o, share in zip(outputs[1:], shares[1:], strict=True):
         merged = torch.addcmul(merged, o, share)
     return merged.to(outputs[0].dtype)
+
+
+def _new_shares(before: Tensor, reshare: Callable[[Tensor], Tensor]) -> Tensor:
+    """Shares [C, b, H, q] after a single edit."""
+    # A segment without mass has no proportions to keep: nothing can be given to it. A row that sees nothing but emptied segments
+    # stays as it is.
+    after = reshare(before).masked_fill(before <= 0, 0.0)
+    total = after.sum(0)
+    return torch.where(total > 0, after / total.clamp_min(torch.finfo(total.dtype).tiny), before)
+
+
+def _ones_suit(call: Call, masks: list[Tensor]) -> bool:
+    """Whether :func:`_in_two_passes` can take these segments: the same for all queries, and for all query heads of a KV head."""
+    alike = all(m.shape[2] == 1 and m.shape[1] in (1, call.k.shape[1]) for m in masks)
+    return alike and len(masks) <= SEGMENTS and biased_keys_suit(call)
+
+
+def _in_two_passes(call: Call, masks: list[Tensor], owned: Owned, given: list[Callable[[Tensor], Tensor]]) -> Tensor:
+    """[b, H, q, d] under edits of segments for which :func:`_ones_suit` holds.
+
+    The first pass is for the cells' shares: they are what ones in the values of a cell's keys add up to. The second has the
+    logarithms of each row's weights in head dimensions of their own, so that nothing is left to be merged.
+    """
+    n, width, dtype = call.seen.keys, call.q.shape[-1], score_dtype(call.q)
+    tiny = torch.finfo(dtype).tiny  # stands for a weight of zero, whose logarithm no kernel takes
+    inside: list[tuple[int, ...]] = []
+    if len(given) > 1:
+        inside, members = (list(x) for x in zip(*cells(masks), strict=True))
+    else:
+        members = [masks[i] for i in owned[0]]
+        members.append(~members[0] if len(members) == 1 else torch.ones_like(members[0]))  # the rest: in none of them
+    count = len(members)
+    # A key that lies in two segments of one edit belongs to the first.
+    one_only = len(given) == 1 and count == 2
+    of_key = members[1] if one_only else torch.stack(torch.broadcast_tensors(*members)).to(torch.uint8).argmax(0)
+    of_key = of_key[..., :n].transpose(-1, -2)
+    parts = 1 if dtype == call.q.dtype else 3  # low precision holds a logarithm in several numbers
+    more = count * parts + -(width + count * parts) % 8  # kernels like aligned heads
+    flags = (of_key == torch.arange(more, device=of_key.device) % count).to(call.k.dtype)
+    k, v = _wider(call.k[:, :, :n], flags, more), _wider(call.v[:, :, :n], flags, more)
+    zero = call.q.new_zeros(())
+
+    def attend(q: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=q.shape[2] > 1, scale=call.scale, enable_gqa=call.groups > 1
+        )
+
+    masses = attend(_wider(call.q, zero, more))[..., width : width + count].to(dtype).movedim(-1, 0)
+    before = masses / masses.sum(0)
+    if len(given) == 1:
+        log_w = (_new_shares(before, given[0]) / before.clamp_min(tiny)).clamp_min(tiny).log()
+    else:
+        log_w = cell_log_weights(list(before.log()), inside, list(zip(owned, given, strict=True)))
+        log_w = log_w.masked_fill(torch.isneginf(log_w + before.log()).all(0), 0.0)  # such a row stays as it is
+        log_w = log_w.clamp_min(math.log(tiny))
+    rest, found = (log_w / call.scale).movedim(0, -1), []
+    for _ in range(parts):
+        found.append(rest.to(call.q.dtype))
+        rest = rest - found[-1]
+    return attend(_wider(torch.cat([call.q, *found], -1), zero, more - count * parts))[..., :width]
 
 
 def biased_keys_suit(call: Call) -> bool:
@@ -140,57 +194,6 @@ def by_key_bias(call: Call, heads: Tensor, columns: Tensor, keys: Tensor) -> Ten
         is_causal=call.q.shape[2] > 1, scale=call.scale, enable_gqa=some.groups > 1,
     )[..., :width]  # fmt: skip
     return _among(call, heads if few else None, out).transpose(1, 2).contiguous()
-
-
-class _Hiding:
-    """Cells of a call without a mask, each by one pass of the ordinary kernel over all queries: keys outside the cell get numbers
-    in head dimensions of their own that no softmax sees through. A mask would cost the kernel its speed.
-    """
-
-    def __init__(self, call: Call, inside: list[tuple[int, ...]], hidden: Tensor) -> None:
-        """`hidden` [C, b, K or 1, n, 1] bool: keys outside of each cell; `inside` the segments that it lies in."""
-        self.call, self.inside, n = call, inside, call.seen.keys
-        far = -float(2 ** (15 if call.q.dtype == torch.float16 else 30))
-        width = call.q.shape[-1]
-        more = 8 - width % 8  # kernels like aligned heads
-        causal = call.q.shape[2] > 1
-        q = _wider(call.q, call.q.new_full((), far), more)
-        v = _wider(call.v[:, :, :n], call.v[:, :, :n, :1], more)  # (what comes of these is cut off)
-        k, flags = call.k[:, :, :n], hidden.to(call.k.dtype)
-        pairs = [call.attend(q, _wider(k, f, more), v, None, causal=causal) for f in flags]
-        self.outputs = [o[..., :width] for o, _ in pairs]
-        self.lses = torch.stack([lse for _, lse in pairs])
-        self.limit = far * call.scale / 2
-        """Log-sum-exps below it stand for -inf. (To a softmax that sees a greater one they are that anyway.)"""
-
-    @classmethod
-    def of(cls, call: Call, masks: list[Tensor], owned: Owned) -> _Hiding | None:
-        """None where a cell is not the same for all queries and for all query heads of a KV head."""
-        alike = all(m.shape[2] == 1 and m.shape[1] in (1, call.k.shape[1]) for m in masks)
-        if not alike or not biased_keys_suit(call):
-            return None
-        if len(owned) > 1:
-            found = cells(masks)
-            inside, hidden = (
-                [names for names, _ in found],
-                ~torch.stack(torch.broadcast_tensors(*[c for _, c in found])),
-            )
-        else:
-            mine = torch.broadcast_tensors(*[masks[i] for i in owned[0]])
-            inside = [*((i,) for i in owned[0]), ()]
-            if len(mine) == 1:
-                hidden = torch.stack([~mine[0], mine[0]])
-            else:  # a key that lies in two belongs to the first; in none, to the rest
-                of_cell = torch.stack([*mine, torch.ones_like(mine[0])]).to(torch.uint8).argmax(0)
-                places = torch.arange(len(inside), device=of_cell.device).view(-1, 1, 1, 1, 1)
-                hidden = of_cell != places
-        b, n = call.q.shape[0], call.seen.keys
-        hidden = hidden[..., :n].transpose(-1, -2)
-        return cls(call, inside, hidden.expand(-1, b, -1, -1, -1))
-
-    def rows(self, start: int, stop: int) -> tuple[list[tuple[int, ...]], list[Tensor], Tensor]:
-        """(names of the cells, their outputs, their log-sum-exps) for some queries."""
-        return self.inside, [o[:, :, start:stop] for o in self.outputs], self.lses[..., start:stop]
 
 
 def _rows_of(mask: Any, heads: Tensor | None) -> Any:
