@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headpatch.adapters.huggingface.lse import score_dtype
+from headpatch.adapters.huggingface.lse import repeat_kv, score_dtype
 from headpatch.adapters.huggingface.mass import BLOCK, Call, of_heads, unedited
 from headpatch.adapters.huggingface.plan import Edit
 from headpatch.scores import on_heads
@@ -136,12 +136,7 @@ def _in_two_passes(call: Call, masks: list[Tensor], owned: Owned, given: list[Ca
     k, v = _wider(call.k[:, :, :n], flags, more), _wider(call.v[:, :, :n], flags, more)
     zero = call.q.new_zeros(())
 
-    def attend(q: Tensor) -> Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=q.shape[2] > 1, scale=call.scale, enable_gqa=call.groups > 1
-        )
-
-    masses = attend(_wider(call.q, zero, more))[..., width : width + count].to(dtype).movedim(-1, 0)
+    masses = _attend(_wider(call.q, zero, more), k, v, call.scale)[..., width : width + count].to(dtype).movedim(-1, 0)
     before = masses / masses.sum(0)
     if len(given) == 1:
         log_w = (_new_shares(before, given[0]) / before.clamp_min(tiny)).clamp_min(tiny).log()
@@ -153,7 +148,7 @@ def _in_two_passes(call: Call, masks: list[Tensor], owned: Owned, given: list[Ca
     for _ in range(parts):
         found.append(rest.to(call.q.dtype))
         rest = rest - found[-1]
-    return attend(_wider(torch.cat([call.q, *found], -1), zero, more - count * parts))[..., :width]
+    return _attend(_wider(torch.cat([call.q, *found], -1), zero, more - count * parts), k, v, call.scale)[..., :width]
 
 
 def biased_keys_suit(call: Call) -> bool:
@@ -162,8 +157,26 @@ def biased_keys_suit(call: Call) -> bool:
     unmasked = (call.seen.kind == "causal" and call.q.shape[2] > 1) or (
         call.seen.kind == "all" and call.q.shape[2] == 1
     )
+    stores_scores = call.q.is_cuda and call.q.dtype == torch.float64
     return (
-        unmasked and call.softcap is None and call.sinks is None and not grad and call.q.shape[-1] == call.v.shape[-1]
+        unmasked
+        and not stores_scores
+        and call.softcap is None
+        and call.sinks is None
+        and not grad
+        and call.q.shape[-1] == call.v.shape[-1]
+    )
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The ordinary kernel, for all queries of a causal prompt or for one that sees every key."""
+    groups = q.shape[1] // k.shape[1]
+    if (
+        groups > 1 and q.is_cuda and q.dtype == torch.float32
+    ):  # whose kernel knows no groups; what is left stores all scores
+        k, v, groups = repeat_kv(k, groups), repeat_kv(v, groups), 1
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=groups > 1
     )
 
 
@@ -188,11 +201,11 @@ def by_key_bias(call: Call, heads: Tensor, columns: Tensor, keys: Tensor) -> Ten
     some = of_heads(call, heads) if few else call
     if len(heads) < some.q.shape[1]:
         columns = columns.new_zeros(some.q.shape[1], more).index_copy(0, heads, columns)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        _wider(some.q, columns[:, None], more), _wider(some.k[:, :, :n], keys[:, :, :n], more),
-        _wider(some.v[:, :, :n], some.v[:, :, :n, :1], more),  # (what comes of these is cut off)
-        is_causal=call.q.shape[2] > 1, scale=call.scale, enable_gqa=some.groups > 1,
-    )[..., :width]  # fmt: skip
+    q, k, v = some.q, some.k[:, :, :n], some.v[:, :, :n]
+    q, k = _wider(q, columns[:, None], more), _wider(k, keys[:, :, :n], more)
+    out = _attend(q, k, _wider(v, v[..., :1], more), call.scale)[
+        ..., :width
+    ]  # (what comes of v's additions is cut off)
     return _among(call, heads if few else None, out).transpose(1, 2).contiguous()
 
 
