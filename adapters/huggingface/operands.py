@@ -137,7 +137,7 @@ class OperandServer(SegmentKeys):
         if name == "prompt_len":
             return self.prompt_len()
         if name == "without_image":
-            return self._companions()
+            return self._once(name, self._companions)
         if name == "image_queries":
             return self._of_batch(image_queries(self))[:, start:stop]
         if name in ("first_token", "spans", "beside_spans", "image_tokens", "column_sinks", "residual_sinks"):
@@ -158,7 +158,7 @@ class OperandServer(SegmentKeys):
         b, mask = self.call.q.shape[0], given.mask
         if not len(mask) or b % len(mask):
             raise EngineError(f"inputs(rows=...) has {len(mask)} entries, the batch has {b} rows: give one per row")
-        return self._of_batch(mask.to(self.call.q.device))
+        return self._once("rows", lambda: self._of_batch(mask.to(self.call.q.device)), edit.handle)
 
     def _companions(self) -> Tensor:
         rows, b = self.known_rows(), self.call.q.shape[0]
