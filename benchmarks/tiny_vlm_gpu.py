@@ -135,7 +135,11 @@ def collect(work: Path, out: Path, seeds: tuple[int, ...], failed: dict[str, int
     sinks = [
         json.loads(p.read_text(encoding="utf-8")) for n in CONDITIONS if (p := result(f"sinks:{n}", work)).is_file()
     ]
-    trained = [p for p in sorted(work.glob("*.json")) if p.stem.startswith(("seed", "sinks-")) and not p.stem.endswith(".effects")]
+    trained = [
+        p
+        for p in sorted(work.glob("*.json"))
+        if p.stem.startswith(("seed", "sinks-")) and not p.stem.endswith(".effects")
+    ]
     logs = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in trained}
     (out / "results.json").write_text(
         json.dumps({"left": left, "failed": tails, "training": logs, "studies": studies}) + "\n"
