@@ -1,4 +1,4 @@
-"""Attention with edited masses of any segments: a kernel pass per cell of keys, or one with weights in the keys.
+"""Attention with edited masses of any segments: a kernel pass per cell of keys, or weights in the keys.
 
 * :func:`by_key_bias`: constant weights on one set of keys where there is no mask, as extra head dimensions.
 * :func:`by_cells`: anything else in the mass family. One kernel pass per cell of intersected segments, merged by log-sum-exp; or,
@@ -171,9 +171,8 @@ def biased_keys_suit(call: Call) -> bool:
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The ordinary kernel, for all queries of a causal prompt or for one that sees every key."""
     groups = q.shape[1] // k.shape[1]
-    if (
-        groups > 1 and q.is_cuda and q.dtype == torch.float32
-    ):  # whose kernel knows no groups; what is left stores all scores
+    # CUDA's kernel for it knows no groups; what is left stores all scores.
+    if groups > 1 and q.is_cuda and q.dtype == torch.float32:
         k, v, groups = repeat_kv(k, groups), repeat_kv(v, groups), 1
     return torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=groups > 1
@@ -203,9 +202,8 @@ def by_key_bias(call: Call, heads: Tensor, columns: Tensor, keys: Tensor) -> Ten
         columns = columns.new_zeros(some.q.shape[1], more).index_copy(0, heads, columns)
     q, k, v = some.q, some.k[:, :, :n], some.v[:, :, :n]
     q, k = _wider(q, columns[:, None], more), _wider(k, keys[:, :, :n], more)
-    out = _attend(q, k, _wider(v, v[..., :1], more), call.scale)[
-        ..., :width
-    ]  # (what comes of v's additions is cut off)
+    # What comes of v's additions is cut off.
+    out = _attend(q, k, _wider(v, v[..., :1], more), call.scale)[..., :width]
     return _among(call, heads if few else None, out).transpose(1, 2).contiguous()
 
 
