@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["augment", "cell_log_weights", "cells", "include_sink", "log_sum_exp", "merge"]
+__all__ = ["augment", "cell_log_weights", "cells", "in_numbers", "include_sink", "log_sum_exp", "merge", "numbers_for"]
 
 NEVER = -1e4
 """Stands for log(0) where a finite number is needed (a bias that a kernel adds to a score)."""
@@ -130,6 +130,20 @@ def cell_log_weights(
     return log_w
 
 
+def numbers_for(dtype: torch.dtype) -> int:
+    """How many numbers of this type hold a logarithm: low precision cannot in one."""
+    return 1 if dtype in (torch.float32, torch.float64) else 3
+
+
+def in_numbers(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """`x` as :func:`numbers_for` tensors of `dtype` that add up to it: each takes what rounding left of those before."""
+    rest, found = x, []
+    for _ in range(numbers_for(dtype)):
+        found.append(rest.to(dtype))
+        rest = rest - found[-1].to(rest.dtype)
+    return found
+
+
 def augment(
     q: Tensor, k: Tensor, v: Tensor, log_weights: Tensor, members: Tensor, scale: float, multiple: int = 8
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,16 +164,9 @@ def augment(
     multiple
         Dimensions are padded to a multiple of this; kernels like aligned heads.
     """
-    width, parts = q.shape[-1], 1 if q.dtype in (torch.float32, torch.float64) else 3
-    rest = log_weights.clamp_min(NEVER) / scale
-    columns = []
-    for _ in range(parts):
-        # Low precision cannot hold log g in one number; the next column takes what rounding left.
-        rounded = rest.to(q.dtype)
-        columns.append(rounded)
-        rest = rest - rounded.to(rest.dtype)
-    bias = torch.cat(columns, -1)
-    flags = members.to(k.dtype).repeat(1, 1, parts)
+    width = q.shape[-1]
+    bias = torch.cat(in_numbers(log_weights.clamp_min(NEVER) / scale, q.dtype), -1)
+    flags = members.to(k.dtype).repeat(1, 1, numbers_for(q.dtype))
     pad = -(width + bias.shape[-1]) % multiple
     q = torch.cat(
         [q, bias[None, :, None].expand(q.shape[0], -1, q.shape[2], -1), q.new_zeros(()).expand(*q.shape[:3], pad)], -1

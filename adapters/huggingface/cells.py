@@ -20,7 +20,7 @@ from headpatch.adapters.huggingface.lse import repeat_kv, score_dtype
 from headpatch.adapters.huggingface.mass import BLOCK, Call, of_heads, unedited
 from headpatch.adapters.huggingface.plan import Edit
 from headpatch.scores import on_heads
-from headpatch.segments import cell_log_weights, cells, merge
+from headpatch.segments import cell_log_weights, cells, in_numbers, merge, numbers_for
 
 __all__ = ["OperandsAt", "Owned", "Segments", "biased_keys_suit", "by_cells", "by_key_bias"]
 
@@ -130,7 +130,7 @@ def _in_two_passes(call: Call, masks: list[Tensor], owned: Owned, given: list[Ca
     one_only = len(given) == 1 and count == 2
     of_key = members[1] if one_only else torch.stack(torch.broadcast_tensors(*members)).to(torch.uint8).argmax(0)
     of_key = of_key[..., :n].transpose(-1, -2)
-    parts = 1 if dtype == call.q.dtype else 3  # low precision holds a logarithm in several numbers
+    parts = numbers_for(call.q.dtype)
     more = count * parts + -(width + count * parts) % 8  # kernels like aligned heads
     flags = (of_key == torch.arange(more, device=of_key.device) % count).to(call.k.dtype)
     k, v = _wider(call.k[:, :, :n], flags, more), _wider(call.v[:, :, :n], flags, more)
@@ -144,10 +144,7 @@ def _in_two_passes(call: Call, masks: list[Tensor], owned: Owned, given: list[Ca
         log_w = cell_log_weights(list(before.log()), inside, list(zip(owned, given, strict=True)))
         log_w = log_w.masked_fill(torch.isneginf(log_w + before.log()).all(0), 0.0)  # such a row stays as it is
         log_w = log_w.clamp_min(math.log(tiny))
-    rest, found = (log_w / call.scale).movedim(0, -1), []
-    for _ in range(parts):
-        found.append(rest.to(call.q.dtype))
-        rest = rest - found[-1]
+    found = in_numbers((log_w / call.scale).movedim(0, -1), call.q.dtype)
     return _attend(_wider(torch.cat([call.q, *found], -1), zero, more - count * parts), k, v, call.scale)[..., :width]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from headpatch.methods.base import ORDER, MassMethod, Method, OutputMethod
 from headpatch.operands import Segment
+from headpatch.segments import in_numbers
 
 __all__ = ["Edit", "LayerPlan", "home", "rows_key"]
 
@@ -166,11 +167,7 @@ class LayerPlan:
         if key in self.columns and not torch.compiler.is_compiling():
             return self.columns[key]
         assert self.log_weights is not None
-        rest, found = self.log_weights.to(q.device) / scale, []
-        # Low precision cannot hold a logarithm in one number; the next column takes what rounding left.
-        for _ in range(1 if q.dtype in (torch.float32, torch.float64) else 3):
-            found.append(rest.to(q.dtype))
-            rest = rest - found[-1].to(rest.dtype)
+        found = in_numbers(self.log_weights.to(q.device) / scale, q.dtype)
         made = torch.nn.functional.pad(torch.cat(found, 1), (0, -(q.shape[-1] + len(found)) % 8))
         if not torch.compiler.is_compiling():
             self.columns[key] = made

@@ -164,11 +164,10 @@ class SegmentKeys(CallStatistics):
             key = ("column_sinks", *segment.options)
             mask = self._columns(self.frozen(key, lambda: self._column_sinks(segment)))
         elif segment.kind == "residual_sinks":
-            options = dict(segment.options)
+            options: dict[str, Any] = dict(segment.options)
             key = ("residual_sinks", *segment.options)
-            mask = self._columns(
-                self.frozen(key, lambda: self._extreme(tuple(options["dims"]), float(options["threshold"])))  # type: ignore[arg-type]
-            )
+            dims, threshold = tuple(options["dims"]), float(options["threshold"])
+            mask = self._columns(self.frozen(key, lambda: self._extreme(dims, threshold)))
         else:
             raise EngineError(f"unknown segment {segment.kind!r}")
         for other in segment.minus:
