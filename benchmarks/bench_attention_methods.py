@@ -6,9 +6,10 @@
 
 On a GPU: a LLaVA of 7B shape (CLIP-L/14 at 336 pixels: 576 image tokens; 32 layers of 32 heads) with random weights in bfloat16. On
 a CPU: the small vision-language model of examples/tiny_vlm. ACT and PASTA act on a tenth of all heads, drawn over all layers; VAR,
-VHR, PAI and PAINT on the layers that their papers name, all heads. VHR chooses its heads online, in generate()'s prefill: there,
-generate() of one token is timed for both. What a prefill costs in the eager form stands beside it: untouched, and with the edit on
-the whole softmax map as released code makes it, both over the untouched model on fused kernels.
+VHR, PAI and PAINT on the layers that their papers name, all heads. Prefill is timed for one prompt of 1,024 tokens, where the host's
+launches decide, for four at once, where the GPU does, and (ACT, PASTA) for 4,096 tokens of text. VHR chooses its heads online, in
+generate()'s prefill: there, generate() of one token is timed for both. What a prefill costs in the eager form stands beside it:
+untouched, and with the edit on the whole softmax map as released code makes it, both over the untouched model on fused kernels.
 
 Decoding is timed in eager on a dynamic cache, and compiled on a static one with CUDA graphs. Compiled models have fewer layers (8 of
 the 32) so that their compilation fits into the time, and every layer is patched then. Every case is tried by itself and results are
@@ -49,18 +50,18 @@ class Bench:
         self.promised = device.type == "cuda"
         self.compiled: Callable[[], None] | None = None
 
-    def prompt(self, length: int, picture: bool) -> Prompt:
+    def prompt(self, length: int, picture: bool, rows: int = 1) -> Prompt:
         """Random tokens around a picture, or random tokens alone; the span that PASTA is to follow stands near the end."""
         config, generator = self.plain.config, torch.Generator().manual_seed(self.args.seed + 1)
         image, size = config.image_token_id, config.image_seq_length
-        ids = torch.randint(5, self.text.vocab_size, (1, length), generator=generator)
+        ids = torch.randint(5, self.text.vocab_size, (rows, length), generator=generator)
         ids[ids == image] = 5
         pixels = None
         if picture:
             side = config.vision_config.image_size
             before = min(BEFORE, (length - size) // 2)
             ids[:, before : before + size] = image
-            pixels = torch.randn(1, 3, side, side, generator=generator).to(self.device, self.plain.dtype)
+            pixels = torch.randn(rows, 3, side, side, generator=generator).to(self.device, self.plain.dtype)
         end = length - max(2, length // 32)
         return Prompt(ids.to(self.device), pixels, (end - max(1, length // 32), end), image)
 
@@ -68,7 +69,11 @@ class Bench:
     def under(self, case: Case, prompt: Prompt, everywhere: bool = False) -> Iterator[None]:
         """The method on the patched twin, with what its calls need."""
         with headpatch.applied(self.patched, recipe(case.method, self.text, everywhere)) as handle:
-            given = handle.inputs(spans=[[prompt.span]]) if case.method == "pasta" else contextlib.nullcontext()
+            given = (
+                handle.inputs(spans=[[prompt.span]] * len(prompt.ids))
+                if case.method == "pasta"
+                else contextlib.nullcontext()
+            )
             with given:
                 yield
 
@@ -82,7 +87,9 @@ class Bench:
 
     def prefill(self, case: Case, prompt: Prompt, what: str) -> Row:
         """A whole prompt, tower included; short ones several times over, so that a host that hesitates does not decide the ratio."""
-        repeats = 1 if self.args.quick else max(1, (4096 if self.device.type == "cuda" else 1024) // prompt.length)
+        repeats = (
+            1 if self.args.quick else max(1, (4096 if self.device.type == "cuda" else 1024) // prompt.ids.numel())
+        )
 
         def run(model: Any) -> Callable[[], None]:
             def many() -> None:
@@ -237,7 +244,7 @@ def measure(args: argparse.Namespace) -> Session:
         bench = Bench(tiny_vlm(args.seed), "small VLM", device, args)
         short, long = 96, 448
     gc.freeze()  # what is there stays: collecting garbage before every timing would take longer than the timings
-    picture, text = bench.prompt(short, True), bench.prompt(long, False)
+    picture, text, four = bench.prompt(short, True), bench.prompt(long, False), bench.prompt(short, True, 4)
     tokens = bench.plain.config.image_seq_length
     what, beside = f"{short} tokens, {tokens} of them an image's", f"{long} tokens of text"
     promised, others = [c for c in CASES if c.bound is not None], [c for c in CASES if c.bound is None]
@@ -255,6 +262,8 @@ def measure(args: argparse.Namespace) -> Session:
     for some in (promised, others):
         for case in some:
             session.job(f"prefill:{case.method}", lambda case=case: bench.prefill(case, picture, what))
+        for case in some:
+            session.job(f"prefill-four:{case.method}", lambda case=case: bench.prefill(case, four, f"4 x {what}"))
         for case in (c for c in some if c.text_too):
             session.job(f"prefill-text:{case.method}", lambda case=case: bench.prefill(case, text, beside))
         if cuda or small:

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from headpatch.segments import cell_log_weights, log_sum_exp
+from headpatch.segments import cell_log_weights, log_sum_exp, new_shares
 
-__all__ = ["HeadEdit", "attention_of", "edit_scores", "on_heads"]
+__all__ = ["Acting", "HeadEdit", "attention_of", "edit_attention", "edit_scores", "on_heads"]
 
 
 class HeadEdit(Protocol):
@@ -33,6 +33,11 @@ class HeadEdit(Protocol):
         """[h]."""
 
 
+Acting = tuple[HeadEdit, Sequence[Tensor], Mapping[str, Any]]
+"""An edit, the masks of the segments that its method names (each broadcastable to [b, H, q, n]; a key that lies in two belongs to the
+first), and the operands that the method asked for."""
+
+
 def on_heads(edit: HeadEdit, operands: Mapping[str, Any], everywhere: bool = False) -> Callable[[Tensor], Tensor]:
     """An edit's function on shares of all heads, or (`everywhere`) on shares of its own heads alone."""
 
@@ -44,9 +49,7 @@ def on_heads(edit: HeadEdit, operands: Mapping[str, Any], everywhere: bool = Fal
     return reshare
 
 
-def edit_scores(
-    scores: Tensor, edits: Sequence[tuple[HeadEdit, Sequence[Tensor], Mapping[str, Any]]]
-) -> Tensor:  # fmt: skip
+def edit_scores(scores: Tensor, edits: Sequence[Acting], fused: bool = False) -> Tensor:
     """Scores whose softmax is the edited attention.
 
     Parameters
@@ -54,8 +57,10 @@ def edit_scores(
     scores
         [b, H, q, n] in at least fp32, -inf where a key cannot be seen.
     edits
-        In the order they act: an edit, the masks of the segments that its method names (each broadcastable to `scores`; a key
-        that lies in two belongs to the first), and the operands that the method asked for.
+        In the order they act.
+    fused
+        Whether a compiler fuses what is done here: then other heads are worked on too where that is possible, and what comes of it
+        is not used.
 
     Returns
     -------
@@ -64,15 +69,16 @@ def edit_scores(
     """
     for edit, masks, given in edits:
         if edit.method.family == "scores":
-            new = old = scores.index_select(1, edit.heads)
-            free, strength = ~torch.isneginf(old), edit.strength.to(scores.dtype)
+            on = _Some(edit, scores, fused)
+            new = old = on.taken
+            free, strength = ~torch.isneginf(old), on.strength.to(scores.dtype)
             for place, mask in enumerate(masks):
-                inside = mask.expand_as(scores).index_select(1, edit.heads) & free
+                inside = on.of(mask) & free
                 free = free & ~inside
                 seen = old.masked_fill(~inside, -math.inf)
-                changed = edit.method.transform(seen, strength, {**given, "segment": place})
+                changed = edit.method.transform(seen, strength, {**on.operands(given), "segment": place})
                 new = torch.where(inside, changed.to(scores.dtype), new)
-            scores = scores.index_copy(1, edit.heads, new)
+            scores = on.put(new)
             continue
         parts, rest, inside_of = [], scores, []
         for mask in masks:
@@ -87,6 +93,78 @@ def edit_scores(
             total = torch.where(inside, log_w[place].unsqueeze(-1), total)
         scores = scores + total
     return scores
+
+
+def edit_attention(p: Tensor, edits: Sequence[Acting], fused: bool = False) -> Tensor:
+    """:func:`edit_scores` for mass edits alone, on the attention itself: fewer sums over keys, and no logarithms.
+
+    Parameters
+    ----------
+    p
+        [b, H, q, n] in at least fp32, rows that sum to one.
+    edits
+        Mass edits, in the order they act.
+    fused
+        As in :func:`edit_scores`.
+
+    Returns
+    -------
+    Tensor
+        As `p`.
+    """
+    for edit, masks, given in edits:
+        on = _Some(edit, p, fused)
+        inside_of: list[Tensor] = []
+        free: Tensor | None = None
+        for mask in map(on.of, masks):
+            inside_of.append(mask if free is None else mask & free)
+            free = ~mask if free is None else free & ~mask
+        before = torch.stack([(on.taken * of).sum(-1) for of in (*inside_of, *(() if free is None else (free,)))])
+        after = new_shares(before, on.reshare(given))
+        factor = (after / before.clamp_min(torch.finfo(p.dtype).tiny)).unsqueeze(-1)
+        weight = factor[-1]
+        for place, inside in enumerate(inside_of):
+            weight = torch.where(inside, factor[place], weight)
+        p = on.put(on.taken * weight)
+    return p
+
+
+class _Some:
+    """The heads of one edit among all of `x`, [b, H, ...]: taken out, or (`fused`) all of them with the others put back."""
+
+    def __init__(self, edit: HeadEdit, x: Tensor, fused: bool) -> None:
+        self.edit, self.x = edit, x
+        self.all = len(edit.heads) == x.shape[1]
+        self.dense: tuple[Tensor, Tensor] | None = getattr(edit, "dense", None) if fused and not self.all else None
+        self.every = self.all or self.dense is not None
+        self.taken = x if self.every else x.index_select(1, edit.heads)
+        self.strength = edit.strength if self.dense is None else self.dense[0]
+
+    def of(self, mask: Tensor) -> Tensor:
+        """The mask of these heads."""
+        return mask if self.every or mask.shape[1] == 1 else mask.index_select(1, self.edit.heads)
+
+    def operands(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a method gets."""
+        if self.dense is None or "heads" not in given:
+            return given
+        return {**given, "heads": torch.arange(self.x.shape[1], device=self.x.device)}
+
+    def reshare(self, given: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
+        """The edit's function on their shares."""
+        method, operands = self.edit.method, self.operands(given)
+
+        def changed(shares: Tensor) -> Tensor:
+            new: Tensor = method.reshare(shares, self.strength.to(shares.dtype), operands)
+            return new.to(shares.dtype)
+
+        return changed
+
+    def put(self, new: Tensor) -> Tensor:
+        """`x` with these heads as in `new`."""
+        if self.dense is not None:
+            return torch.where(self.dense[1], new, self.x)
+        return new if self.all else self.x.index_copy(1, self.edit.heads, new)
 
 
 def attention_of(scores: Tensor, sinks: Tensor | None = None) -> Tensor:

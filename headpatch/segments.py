@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["augment", "cell_log_weights", "cells", "in_numbers", "include_sink", "log_sum_exp", "merge", "numbers_for"]
+__all__ = ["augment", "cell_log_weights", "cells", "in_numbers", "include_sink", "log_sum_exp", "merge", "new_shares",
+           "numbers_for"]  # fmt: skip
 
 NEVER = -1e4
 """Stands for log(0) where a finite number is needed (a bias that a kernel adds to a score)."""
@@ -128,6 +129,17 @@ def cell_log_weights(
         factor = factor.masked_fill((before > 0) & ~(after > 0), -math.inf)
         log_w = log_w + torch.stack([factor[i] for i in owner])
     return log_w
+
+
+def new_shares(before: Tensor, reshare: Callable[[Tensor], Tensor]) -> Tensor:
+    """Shares [C, b, H, q] after a single edit, whose function from shares to shares is `reshare`.
+
+    A segment without mass has no proportions to keep: nothing can be given to it. A row that sees nothing but emptied segments stays
+    as it is.
+    """
+    after = reshare(before).masked_fill(before <= 0, 0.0)
+    total = after.sum(0)
+    return torch.where(total > 0, after / total.clamp_min(torch.finfo(total.dtype).tiny), before)
 
 
 def numbers_for(dtype: torch.dtype) -> int:

@@ -20,7 +20,7 @@ from headpatch.adapters.huggingface.lse import repeat_kv, score_dtype
 from headpatch.adapters.huggingface.mass import BLOCK, Call, of_heads, unedited
 from headpatch.adapters.huggingface.plan import Edit
 from headpatch.scores import on_heads
-from headpatch.segments import cell_log_weights, cells, in_numbers, merge, numbers_for
+from headpatch.segments import cell_log_weights, cells, in_numbers, merge, new_shares, numbers_for
 
 __all__ = ["OperandsAt", "Owned", "Segments", "biased_keys_suit", "by_cells", "by_key_bias"]
 
@@ -89,20 +89,11 @@ def _reshared(outputs: list[Tensor], lses: Tensor, reshare: Callable[[Tensor], T
     `lses` is [C, b, H, q], the cells in the order in which the edit's method gets its shares.
     """
     lses = lses.masked_fill(torch.isneginf(lses).all(0), 0.0)  # rows that see no key
-    shares = _new_shares(torch.softmax(lses, 0), reshare).unsqueeze(-1)
+    shares = new_shares(torch.softmax(lses, 0), reshare).unsqueeze(-1)
     merged = outputs[0] * shares[0]  # mixed dtypes are cast inside the kernels
     for o, share in zip(outputs[1:], shares[1:], strict=True):
         merged = torch.addcmul(merged, o, share)
     return merged.to(outputs[0].dtype)
-
-
-def _new_shares(before: Tensor, reshare: Callable[[Tensor], Tensor]) -> Tensor:
-    """Shares [C, b, H, q] after a single edit."""
-    # A segment without mass has no proportions to keep: nothing can be given to it. A row that sees nothing but emptied segments
-    # stays as it is.
-    after = reshare(before).masked_fill(before <= 0, 0.0)
-    total = after.sum(0)
-    return torch.where(total > 0, after / total.clamp_min(torch.finfo(total.dtype).tiny), before)
 
 
 def _ones_suit(call: Call, masks: list[Tensor]) -> bool:
@@ -139,7 +130,7 @@ def _in_two_passes(call: Call, masks: list[Tensor], owned: Owned, given: list[Ca
     masses = _attend(_wider(call.q, zero, more), k, v, call.scale)[..., width : width + count].to(dtype).movedim(-1, 0)
     before = masses / masses.sum(0)
     if len(given) == 1:
-        log_w = (_new_shares(before, given[0]) / before.clamp_min(tiny)).clamp_min(tiny).log()
+        log_w = (new_shares(before, given[0]) / before.clamp_min(tiny)).clamp_min(tiny).log()
     else:
         log_w = cell_log_weights(list(before.log()), inside, list(zip(owned, given, strict=True)))
         log_w = log_w.masked_fill(torch.isneginf(log_w + before.log()).all(0), 0.0)  # such a row stays as it is

@@ -24,6 +24,10 @@ FAR = 64.0
 """Largest logarithm of a weight that is added to a score: that keeps five decimals in fp32."""
 
 
+ALIKE = frozenset({"position", "prompt_len", "image_queries"})
+"""Operands that are the same for all heads."""
+
+
 @dataclass
 class Edit:
     """One method on the heads of one layer.
@@ -42,6 +46,10 @@ class Edit:
         What the method picked of the recipe's tensors for these heads, floating-point ones in the dtype of `strength`.
     handle
         Id of the record that it came with: under :func:`rows_key` of it a call says which rows the edit is for.
+    dense
+        Strength of every head [H], neutral where the edit names none, and which heads it names, bool [H, 1, 1]: compilers fuse what
+        is done to all heads, and not what is done to some. None where the method needs numbers of single heads, or a strength is
+        trained.
     """
 
     method: Method
@@ -50,6 +58,13 @@ class Edit:
     key: tuple[str, int]
     arrays: dict[str, Tensor] = field(default_factory=dict)
     handle: int = 0
+    dense: tuple[Tensor, Tensor] | None = None
+
+    def prepare(self, num_heads: int) -> None:
+        """Fill `dense` in, once the layer's number of heads is known."""
+        if not self.method.state and not self.strength.requires_grad and ALIKE.issuperset(self.method.needs):
+            chosen = self.spread(torch.ones_like(self.heads), num_heads, 0).bool()
+            self.dense = self.spread(self.strength, num_heads, self.method.identity()), chosen[:, None, None]
 
     def spread(self, values: Tensor, num_heads: int, neutral: float = 1.0) -> Tensor:
         """[h] values on their heads, `neutral` on all others: [num_heads]."""
@@ -127,6 +142,8 @@ class LayerPlan:
         stops = [e.method.span[1] if isinstance(e.method, OutputMethod) else None for e in ordered]
         plan.until = max(stops) if stops and None not in stops else None  # type: ignore[type-var]
         named = [e.method.segments() for e in plan.family("mass", "scores")]
+        for edit in plan.family("mass", "scores"):
+            edit.prepare(num_heads)
         plan.segments = tuple(dict.fromkeys(s for of_edit in named for s in of_edit))
         plan.owned = tuple(tuple(plan.segments.index(s) for s in of_edit) for of_edit in named)
         if not plan.trainable:

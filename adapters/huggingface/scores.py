@@ -13,7 +13,7 @@ from headpatch.adapters.huggingface.lse import repeat_kv, score_dtype
 from headpatch.adapters.huggingface.mass import Call, blocks_of, unedited
 from headpatch.adapters.huggingface.plan import Edit
 from headpatch.methods.base import ScoresMethod
-from headpatch.scores import attention_of, edit_scores
+from headpatch.scores import attention_of, edit_attention, edit_scores
 
 if TYPE_CHECKING:
     from headpatch.adapters.huggingface.operands import OperandServer
@@ -53,15 +53,18 @@ def explicit(
             scores = scores if low is None else scores + mask.clamp_min(low).to(dtype)
         masks = [s[..., :n_k] for s in segments(start, stop)]
         acting = [(e, [masks[s] for s in owned[i]], operands(e, start, stop)) for i, e in enumerate(edits)]
-        p = attention_of(edit_scores(scores, acting), call.sinks)
+        if call.sinks is None and all(e.method.family == "mass" for e in edits):
+            p = edit_attention(attention_of(scores), acting, fused)
+        else:
+            p = attention_of(edit_scores(scores, acting, fused), call.sinks)
         if weights_of:
             return p
-        blocks.append((_sum(p, v) if fused else torch.matmul(p, v)).to(call.q.dtype))
+        blocks.append((_sum(p, call.v[:, :, :n_k]) if fused else torch.matmul(p, v)).to(call.q.dtype))
     return torch.cat(blocks, 2).transpose(1, 2).contiguous()
 
 
-# One query in a compiled call: products and sums are fused with the reading of keys and values, where a matmul in fp32 would first
-# need a copy of both.
+# One query in a compiled call. Scores are wanted in fp32: the product is fused with the reading of the keys, where a matmul would
+# first need a copy of them. Shares may have the values' own type, as they have inside fused kernels.
 
 
 def _dot(q: Tensor, k: Tensor) -> Tensor:
@@ -74,8 +77,7 @@ def _dot(q: Tensor, k: Tensor) -> Tensor:
 def _sum(p: Tensor, v: Tensor) -> Tensor:
     """[b, H, 1, d] of p [b, H, 1, n] and v [b, K, n, d]."""
     b, heads, _, n = p.shape
-    grouped = p.reshape(b, v.shape[1], -1, n, 1)
-    return (grouped * v.unsqueeze(2)).sum(-2).reshape(b, heads, 1, -1)
+    return torch.matmul(p.reshape(b, v.shape[1], -1, n).to(v.dtype), v).reshape(b, heads, 1, -1)
 
 
 def first_edited(server: OperandServer, edits: tuple[Edit, ...]) -> int:
