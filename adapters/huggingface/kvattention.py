@@ -8,7 +8,7 @@ of the size queries x keys is stored. In a decoding step every slot is visible: 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,17 +33,17 @@ Run = Callable[[mass.Call], Tensor]
 """From one attention call to outputs [b, q, h, d]."""
 
 
-@dataclass(frozen=True)
-class Group:
+Group = Callable[[Tensor, Tensor, Tensor, Visible, FirstKey], Tensor]
+"""Attention of one group's queries, [b, q, h, d]."""
+
+
+def _group(run: Run, scale: float, softcap: float | None, sinks: Tensor | None) -> Group:
     """What all calls of one group share: how to run them, and their scale, soft-capping and learned sinks."""
 
-    run: Run
-    scale: float
-    softcap: float | None
-    sinks: Tensor | None
+    def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visible, first: FirstKey) -> Tensor:
+        return run(mass.Call(q, k, v, seen, scale, softcap, sinks, first))
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, seen: Visible, first: FirstKey) -> Tensor:
-        return self.run(mass.Call(q, k, v, seen, self.scale, self.softcap, self.sinks, first))
+    return attend
 
 
 def attend_groups(
@@ -71,7 +71,7 @@ def attend_groups(
         query, sinks = query.index_select(1, order), None if sinks is None else sinks.index_select(0, order)
     middle = len(policy.full) * policy.groups
     groups = [
-        Group(run, scale, softcap, None if sinks is None else sinks[at])
+        _group(run, scale, softcap, None if sinks is None else sinks[at])
         for run, at in zip(runs, (slice(0, middle), slice(middle, None)), strict=True)
     ]
     out: Any = None
@@ -107,7 +107,7 @@ def attend_slices(
     for piece in kept.slices:
         q = pick(pick(query, 0, piece.rows), 1, piece.queries)
         its_sinks = None if sinks is None else pick(sinks, 0, piece.queries)
-        found = _part(Group(run_of(piece.heads), scale, softcap, its_sinks), q, piece.part)
+        found = _part(_group(run_of(piece.heads), scale, softcap, its_sinks), q, piece.part)
         if piece.rows is None and piece.queries is None:
             return found
         if out is None:
