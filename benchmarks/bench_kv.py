@@ -84,13 +84,13 @@ def recipe(full: dict[int, tuple[int, ...]]) -> dict[str, Any]:
     return {"headpatch": 1, "patches": [patch]}
 
 
-def storages(device: torch.device) -> dict[int, int]:
-    """Bytes of every tensor storage on the device that is alive, by address."""
+def storages(device: torch.device) -> dict[int, torch.UntypedStorage]:
+    """Every tensor storage on the device that is alive, by address. As long as this is kept, nothing new comes to lie there."""
     gc.collect()
     alive = [
         x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == device.type
     ]
-    return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in alive}
+    return {x.untyped_storage().data_ptr(): x.untyped_storage() for x in alive}
 
 
 class Bench:
@@ -160,7 +160,8 @@ class Bench:
                 )
                 for _ in range(3):
                     model(self.ids(1), past_key_values=made[0])
-                found = sum(n for at, n in storages(self.device).items() if at not in before and n > 4096)
+                new = [s.nbytes() for at, s in storages(self.device).items() if at not in before]
+                found = sum(n for n in new if n > 4096)
                 full = self.full[label]
                 growth = 2 * self.width * self.plain.config.head_dim * BLOCK * sum(map(len, full.values()))
                 tokens = length + 3
@@ -169,7 +170,7 @@ class Bench:
                          self.bytes(tokens, None), peak, untouched, chunk)
                 )  # fmt: skip
                 print(self.held[-1], self.held[-1].verdict, flush=True)
-                del made
+                del made, before
 
     def weights(self) -> int:
         """Bytes of weights that a step reads."""
