@@ -57,7 +57,7 @@ class CpuEdit:
     def __init__(self, patch: LayerPatch) -> None:
         self.patch, self.worker = patch, patch.worker
         self.tap = Tap("vllm._custom_ops", "cpu_attention_with_kv_cache")
-        self.has_sinks = getattr(patch.layer.impl, "sinks", None) is not None
+        self.has_sinks = getattr(patch.impl, "sinks", None) is not None
         assert patch.worker.tables is not None
         self.tables = patch.worker.tables
         self.keys = CpuKeys(patch, patch.cache()) if patch.worker.armed.segments else None

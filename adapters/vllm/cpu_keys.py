@@ -77,7 +77,7 @@ class CpuKeys:
 
 def write_cache(patch: Any, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
     """Write keys and values [T, K, d] into a cache as the engine does before attention."""
-    update = getattr(patch.layer.impl, "do_kv_cache_update", None)
+    update = getattr(patch.impl, "do_kv_cache_update", None)
     if update is None:
         raise EngineError(f"layer {patch.index}: the {patch.backend} backend does not say how it writes its cache")
     update(patch.layer, key, value, cache, slots)

@@ -46,6 +46,7 @@ def build(original: Any, layer: Any, *args: Any, **kwargs: Any) -> None:
         for piece in build_pieces(original, layer, given, found, worker):
             worker.layers.append(LayerPatch(worker, piece, piece.piece, start))
             start += len(piece.piece.query)
+        layer.join(worker.beside())
         return
     original(layer, *args, **kwargs)
     if isinstance(found, str):
@@ -85,6 +86,8 @@ class LayerPatch:
         Its query heads, in the numbers of the whole model: this rank's, or the piece's where layers are cut.
     piece, start
         What it holds where layers are cut (None: they are not), and where its heads begin in the layer's tables.
+    impl
+        vLLM's implementation of it, whose ``forward`` is this patch's.
     keeps
         First and last tokens that its heads keep; None for all.
     window
@@ -102,7 +105,7 @@ class LayerPatch:
         from vllm.model_executor.models.utils import extract_layer_index
 
         impl = layer.impl
-        self.worker, self.layer = worker, layer
+        self.worker, self.layer, self.impl = worker, layer, impl
         self.name: str = layer.layer_name
         self.index = int(extract_layer_index(self.name))
         rank = int(get_tensor_model_parallel_rank())

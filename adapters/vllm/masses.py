@@ -72,7 +72,7 @@ def choose(patch: LayerPatch) -> Any:
         from headpatch.adapters.vllm.cpu import CpuEdit
 
         return CpuEdit(patch)
-    name = type(patch.layer.impl).__name__
+    name = type(patch.impl).__name__
     if name == "FlashAttentionImpl":
         return FusedEdit(patch, Tap("vllm.v1.attention.backends.flash_attn", "flash_attn_varlen_func"), _flash_lse)
     if name == "FlexAttentionImpl":

@@ -99,7 +99,7 @@ class Row:
         self.q, self.k, self.v = q.transpose(0, 1)[None].to(work), k[None].to(work), v[None].to(work)
         self.begin, self.low = begin, low
         self.keys = torch.arange(low, low + k.shape[1])
-        sinks = getattr(patch.layer.impl, "sinks", None)
+        sinks = getattr(patch.impl, "sinks", None)
         self.sinks = None if sinks is None else sinks.index_select(0, heads)
 
     def attend(self, edits: Sequence[RowEdit]) -> Tensor:

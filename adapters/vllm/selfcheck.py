@@ -66,7 +66,7 @@ def check_engine(worker: Worker, runner: Any) -> list[dict[str, Any]]:
 
 
 def _sinks(patch: LayerPatch) -> Tensor | None:
-    found: Tensor | None = getattr(patch.layer.impl, "sinks", None)
+    found: Tensor | None = getattr(patch.impl, "sinks", None)
     return found
 
 
@@ -255,7 +255,7 @@ def _feed(
         _num_computed_tokens_cpu=seen - torch.tensor(lengths, dtype=torch.int32),
     )  # fmt: skip
     query, key, value = (torch.cat(found).contiguous() for found in zip(*parts, strict=True))
-    impl = patch.layer.impl
+    impl = patch.impl
     if not patch.layer.attn_backend.forward_includes_kv_cache_update:
         impl.do_kv_cache_update(patch.layer, key, value, cache, mapping)
     return _builder(worker, patch, runner).build(0, common), (query, key, value)

@@ -1,9 +1,9 @@
 """Attention layers cut into pieces that keep different tokens: each piece an attention layer of vLLM's own, kernels and all.
 
-The model's layer becomes its own first piece; the others hang on it as modules. Queries, keys and values are dealt out by head, each
-piece is called as any layer is (one opaque operator each, so that compilation and graphs stay as they are), and the outputs are put
-back in the order of the heads. A window piece's metadata builder hands vLLM's own the block tables of
-:mod:`headpatch.kernels.tables`; kernels, backends and the cache's layout are not touched.
+The model's layer becomes its own first piece; the others hang on it as modules. The model calls one opaque operator a layer, as it
+always does, so that compilation and graphs stay as they are; in it, each piece's own implementation works on its heads' part of
+queries and outputs. A window piece's metadata builder hands vLLM's own the block tables of :mod:`headpatch.kernels.tables`; kernels,
+backends and the cache's layout are not touched.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from vllm.model_executor.layers.attention.attention import Attention
+from vllm.model_executor.layers.attention.attention import Attention, get_attention_context
 
 from headpatch.adapters.vllm.split import FULL, WINDOW, Blocks, Piece, choose_blocks
 from headpatch.adapters.vllm.split_cache import SinkWindowSpec
@@ -25,7 +25,7 @@ from headpatch.errors import EngineError, UnsupportedModelError
 if TYPE_CHECKING:
     from headpatch.adapters.vllm.split import Split
 
-__all__ = ["PieceLayer", "SplitLayer", "build_pieces"]
+__all__ = ["PieceLayer", "PiecesImpl", "SplitLayer", "build_pieces"]
 
 REFUSED = {
     "alibi_slopes": "alibi, whose scores depend on where in the row a key lies",
@@ -87,41 +87,128 @@ class SplitLayer(PieceLayer):
     ----------
     others
         The other pieces.
-    ranges
-        By piece, where its query heads and its KV heads begin and end on this rank; None where they are no neighbours, and buffers
-        say which they are.
-    in_order, order
-        Whether heads come out in the order of the model, and otherwise how they are put back.
+    runs
+        Pieces that have heads here, and where their query heads and KV heads begin and end among the dealt ones.
+    dealt
+        Whether heads must be brought into the order of the pieces, and back: buffers say how.
+    whole
+        What vLLM's own forward sees in place of this layer: all heads of this rank.
     """
 
     others: Any
-    ranges: list[tuple[int, int, int, int] | None]
-    in_order: bool
+    runs: list[tuple[PieceLayer, tuple[int, int, int, int]]]
+    dealt: bool
+    query_order: Tensor
+    kv_order: Tensor
     order: Tensor
+    whole: Any
 
     def forward(self, query: Tensor, key: Tensor | None, value: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """As the uncut layer's: [T, H d] queries, [T, K d] keys and values, to [T, H d]."""
         if args or any(given is not None for given in kwargs.values()) or key is None or value is None:
             raise EngineError(f"{self.layer_name}: this model calls attention in a form that cannot be cut by head")
-        q = query.reshape(query.shape[0], -1, self.head_size)
-        k = key.reshape(key.shape[0], -1, self.head_size)
-        v = value.reshape(value.shape[0], -1, self.head_size_v)
-        outputs = []
-        for number, piece in enumerate((self, *self.others)):
-            if piece.idle:
-                continue
-            mine = self.ranges[number]
-            if mine is not None:
-                parts = q[:, mine[0] : mine[1]], k[:, mine[2] : mine[3]], v[:, mine[2] : mine[3]]
-            else:
-                at_q: Any = getattr(self, f"query_{number}")
-                at_kv: Any = getattr(self, f"kv_{number}")
-                parts = q.index_select(1, at_q), k.index_select(1, at_kv), v.index_select(1, at_kv)
-            outputs.append(Attention.forward(piece, *parts).view(-1, piece.num_heads, self.head_size_v))
-        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-        if not self.in_order:
-            out = out.index_select(1, self.order)
-        return out.reshape(query.shape[0], -1)
+        if not self.dealt:
+            return Attention.forward(self.whole, query, key, value)
+        rows = query.shape[0]
+        q = query.reshape(rows, -1, self.head_size).index_select(1, self.query_order)
+        k = key.reshape(rows, -1, self.head_size).index_select(1, self.kv_order)
+        v = value.reshape(rows, -1, self.head_size_v).index_select(1, self.kv_order)
+        out = Attention.forward(self.whole, q, k, v).view(rows, -1, self.head_size_v)
+        return out.index_select(1, self.order).reshape(rows, -1)
+
+    def join(self, beside: torch.cuda.Stream | None) -> None:
+        """Let one call of the layer's operator run all pieces. After this, a piece's own implementation is its patch's.
+
+        Parameters
+        ----------
+        beside
+            Where window pieces run while graphs are captured; None: before the others.
+        """
+        self.impl = PiecesImpl(self.runs, self.impl, beside)
+        known = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        heads = sum(b - a for _, (a, b, _, _) in self.runs), sum(b - a for _, (_, _, a, b) in self.runs)
+        self.whole = Whole({**known, "num_heads": heads[0], "num_kv_heads": heads[1]})
+
+
+class Whole:
+    """A layer's settings, as vLLM's ``Attention.forward`` reads them, with other numbers of heads."""
+
+    def __init__(self, known: Mapping[str, Any]) -> None:
+        vars(self).update(known)
+
+
+class PiecesImpl:
+    """The implementation of a layer that is cut: that of each piece, on its heads' part of queries and outputs.
+
+    A window piece reads few keys. While graphs are captured it is put beside the pieces that read many, on a stream of its own: it
+    takes a few multiprocessors for a short while, and next to no time. Keys and values are written there too, so this
+    implementation does it and not the operator before it.
+
+    Parameters
+    ----------
+    runs
+        Pieces, and where their query heads and KV heads begin and end.
+    first
+        The first piece's own implementation: what vLLM asks of it beyond attention, it answers.
+    beside
+        As in :meth:`SplitLayer.join`.
+    """
+
+    fused_output_quant_supported = staticmethod(lambda *_, **__: False)
+    fused_rope_kvcache_supported = staticmethod(lambda *_, **__: False)
+
+    def __init__(
+        self, runs: list[tuple[PieceLayer, tuple[int, int, int, int]]], first: Any, beside: torch.cuda.Stream | None
+    ) -> None:
+        self.first = first
+        made = [(piece, piece.impl, heads) for piece, heads in runs]
+        self.windows = [run for run in made if run[0].piece.kind == WINDOW]
+        self.full = [run for run in made if run[0].piece.kind == FULL]
+        self.beside = beside if self.windows and self.full else None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["first"], name)
+
+    def do_kv_cache_update(self, *_: Any, **__: Any) -> None:
+        """Nothing: see the class."""
+
+    def forward(
+        self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Any, output: Tensor,
+        *args: Any, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        """As a piece's own, for all heads of this rank; `kv_cache` and `attn_metadata` are looked up for each piece."""
+        given = query, key, value, output, args, kwargs
+        if self.beside is not None and torch.cuda.is_current_stream_capturing():
+            here = torch.cuda.current_stream()
+            self.beside.wait_stream(here)
+            with torch.cuda.stream(self.beside):
+                for run in self.windows:
+                    self._piece(*run, *given)
+            for run in self.full:
+                self._piece(*run, *given)
+            here.wait_stream(self.beside)
+        else:
+            for run in (*self.windows, *self.full):
+                self._piece(*run, *given)
+        return output
+
+    @staticmethod
+    def _piece(
+        piece: PieceLayer, impl: Any, heads: tuple[int, int, int, int], query: Tensor, key: Tensor, value: Tensor, output: Tensor,
+        args: Any, kwargs: Any,
+    ) -> None:  # fmt: skip
+        a, b, c, d = heads
+        metadata, _, cache, slots = get_attention_context(piece.layer_name)
+        q, k, v, out = query[:, a:b], key[:, c:d], value[:, c:d], output[:, a:b]
+        backend: Any = piece.attn_backend
+        if slots is not None and not backend.forward_includes_kv_cache_update:
+            impl.do_kv_cache_update(piece, k, v, cache, slots)
+        if out.device.type == "cpu":  # whose kernel writes heads one after the other
+            made = out.new_empty(out.shape)
+            impl.forward(piece, q, k, v, cache, metadata, made, *args, **kwargs)
+            out.copy_(made)
+        else:
+            impl.forward(piece, q, k, v, cache, metadata, out, *args, **kwargs)
 
 
 def build_pieces(original: Any, layer: Any, arguments: Mapping[str, Any], index: int, worker: Any) -> list[PieceLayer]:
@@ -188,20 +275,19 @@ def _finish(made: list[PieceLayer], first_query: int, first_kv: int) -> None:
     """Hang the other pieces on the first, and say which heads of this rank's go where."""
     layer: Any = made[0]
     layer.others = torch.nn.ModuleList(made[1:])
-    layer.ranges = []
-    for number, one in enumerate(made):
-        query, kv = [h - first_query for h in one.piece.query], [h - first_kv for h in one.piece.kv]
-        if kv and kv == list(range(kv[0], kv[-1] + 1)):  # neighbours need no copy
-            layer.ranges.append((query[0], query[-1] + 1, kv[0], kv[-1] + 1))
-            continue
-        layer.ranges.append(None)
-        layer.register_buffer(f"query_{number}", torch.tensor(query, dtype=torch.int64), persistent=False)
-        layer.register_buffer(f"kv_{number}", torch.tensor(kv, dtype=torch.int64), persistent=False)
-    dealt = [head - first_query for one in made for head in one.piece.query]
-    order = sorted(range(len(dealt)), key=dealt.__getitem__)
-    layer.in_order = order == list(range(len(order)))
-    if not layer.in_order:
-        layer.register_buffer("order", torch.tensor(order, dtype=torch.int64), persistent=False)
+    query, kv = ([head - first for one in made for head in getattr(one.piece, name)]
+                 for name, first in (("query", first_query), ("kv", first_kv)))  # fmt: skip
+    layer.runs, a, c = [], 0, 0
+    for one in made:
+        b, d = a + len(one.piece.query), c + len(one.piece.kv)
+        if not one.idle:
+            layer.runs.append((one, (a, b, c, d)))
+        a, c = b, d
+    layer.dealt = kv != sorted(kv)
+    if layer.dealt:
+        order = sorted(range(len(query)), key=query.__getitem__)
+        for name, value in (("query_order", query), ("kv_order", kv), ("order", order)):
+            layer.register_buffer(name, torch.tensor(value, dtype=torch.int64), persistent=False)
 
 
 def _check(layer: Any, prefix: str, given: dict[str, Any]) -> None:

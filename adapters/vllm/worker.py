@@ -68,6 +68,7 @@ class Worker:
         self.scratch: dict[Any, Any] = {}
         self.batch: list[Running] = []
         self._ordered: list[str] | None = None
+        self._beside: Any = None
         self._requests: dict[str, Running] = {}
         self._worker = weakref.ref(worker)
         _by_config[id(self.vllm_config)] = self
@@ -165,6 +166,15 @@ class Worker:
             return result
 
         setattr(runner, name, prepare)
+
+    def beside(self) -> Any:
+        """A stream of this engine's own for what can run beside the model, or None where there are no streams."""
+        import torch
+        from vllm.platforms import current_platform
+
+        if self._beside is None and current_platform.is_cuda_alike():
+            self._beside = torch.cuda.Stream()
+        return self._beside
 
     # --- steps ----------------------------------------------------------------------------------------------------------
 

@@ -98,7 +98,7 @@ class World:
         armed = SimpleNamespace(weights=weights, scales=scales, rows=False, graphs=False)
         worker = SimpleNamespace(armed=armed, tables=tables, by_rows=by_rows, scratch={})
         self.patch: Any = SimpleNamespace(
-            worker=worker, layer=SimpleNamespace(impl=SimpleNamespace()), index=1, num_heads=H, num_kv_heads=K, head_dim=D,
+            worker=worker, impl=SimpleNamespace(), layer=SimpleNamespace(), index=1, num_heads=H, num_kv_heads=K, head_dim=D,
             scale=self.scale, softcap=softcap, window=window, block_ratio=ratio, backend="FAKE", weight=tables.weight[1], start=0,
             head_scale=tables.scale[1], cache=lambda: self.cache,
         )  # fmt: skip

@@ -68,7 +68,7 @@ class World:
         self.sinks = torch.randn(H, generator=generator) if sinks else None
         impl = SimpleNamespace(do_kv_cache_update=write, sinks=self.sinks)
         self.patch: Any = SimpleNamespace(
-            worker=SimpleNamespace(tables=self.tables, batch=self.requests), layer=SimpleNamespace(impl=impl), index=LAYER, start=0,
+            worker=SimpleNamespace(tables=self.tables, batch=self.requests), impl=impl, layer=SimpleNamespace(), index=LAYER, start=0,
             num_heads=H, num_kv_heads=K, head_dim=D, scale=D**-0.5, softcap=softcap, window=window, backend="FAKE",
         )  # fmt: skip
         self.keys = CpuKeys(self.patch, self.cache)
@@ -76,7 +76,7 @@ class World:
 
     def step(self, counts: tuple[int, ...]) -> tuple[Tensor, list[slice]]:
         """Outputs [T, H, d] of so many more tokens of each row; what nobody edits is 7."""
-        write, parts, rows = self.patch.layer.impl.do_kv_cache_update, [], []
+        write, parts, rows = self.patch.impl.do_kv_cache_update, [], []
         for r, count in enumerate(counts):
             begin, end = self.done[r], self.done[r] + count
             slots = [int(self.table[r, p // SIZE]) * SIZE + p % SIZE for p in range(begin, end)]
