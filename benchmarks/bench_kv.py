@@ -1,7 +1,7 @@
 """Memory and decoding speed of transformers under duo_attention, half and a quarter of the KV heads keeping every token.
 
     python benchmarks/bench_kv.py                    # on the GPU if there is one, else on the CPU
-    python benchmarks/bench_kv.py --device cuda --lengths 8192,32768
+    python benchmarks/bench_kv.py --device cuda --lengths 8192,32768 --only static
     python benchmarks/bench_kv.py --quick            # three pairs, an eighth of the length
 
 On the CPU: the cache of SmolLM2 (30 layers, 3 KV heads of width 64, fp32) at 8k, in a model that is narrow everywhere else, so that
@@ -27,6 +27,7 @@ import gc
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -260,13 +261,11 @@ def measure(args: argparse.Namespace) -> None:
         bench = Bench(
             build_8b(args.layers, device, torch.bfloat16, args.seed, **shape), device, args, "8B shape", 8192
         )
-        jobs = []
-        for n in lengths:  # whole, one after the other: a machine that is taken back has shown something
-            jobs += [
-                lambda n=n: bench.memory(n, (8192,)),
-                lambda n=n: bench.decode_static(n),
-                lambda n=n: bench.decode_eager(n),
-            ]
+        parts = {
+            "memory": lambda n: bench.memory(n, (8192,)), "static": bench.decode_static, "eager": bench.decode_eager,
+        }  # fmt: skip
+        # Whole lengths, one after the other: a machine that is taken back has shown something.
+        jobs = [partial(parts[name], n) for n in lengths for name in args.only.split(",")]
     for i, job in enumerate(jobs):
         try:
             job()
@@ -312,6 +311,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--lengths", default="8192,32768,131072", help="prompts of the GPU's part, comma-separated")
+    parser.add_argument("--only", default="memory,static,eager", help="parts of the GPU's part, comma-separated")
     parser.add_argument("--layers", type=int, default=32, help="layers of the 8B shape (CUDA only)")
     parser.add_argument("--quick", action="store_true", help="three pairs; on the CPU 1,024 tokens")
     parser.add_argument("--seed", type=int, default=0)
