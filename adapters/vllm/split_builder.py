@@ -18,8 +18,6 @@ from headpatch.kernels.tables import Cut, Window, arrange, arrange_steps, cut
 __all__ = ["full_builder", "window_builder"]
 
 GLOBAL = (-1, -1)
-FEW = 1024
-"""Keys that one multiprocessor reads in less time than it takes to put the parts of several together again."""
 
 
 def full_builder(base: Any) -> Any:
@@ -61,8 +59,6 @@ def window_builder(base: Any) -> Any:
                 self.window_size = self.window.span
             if hasattr(self, "aot_sliding_window"):
                 self.aot_sliding_window = (left, 0)
-            if getattr(self, "max_num_splits", 0) > 1 and self.window.most_keys(1) <= FEW:
-                self.max_num_splits = 1
             self.room: tuple[Tensor, Tensor] | None = None
 
         @classmethod

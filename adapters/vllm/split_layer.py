@@ -141,8 +141,8 @@ class PiecesImpl:
     """The implementation of a layer that is cut: that of each piece, on its heads' part of queries and outputs.
 
     A window piece reads few keys. While graphs are captured it is put beside the pieces that read many, on a stream of its own: it
-    takes a few multiprocessors for a short while, and next to no time. Keys and values are written there too, so this
-    implementation does it and not the operator before it.
+    takes the few multiprocessors that they leave free. Its keys and values are written there too, so this implementation does that
+    and not the operator before it.
 
     Parameters
     ----------
@@ -178,31 +178,42 @@ class PiecesImpl:
     ) -> Tensor:  # fmt: skip
         """As a piece's own, for all heads of this rank; `kv_cache` and `attn_metadata` are looked up for each piece."""
         given = query, key, value, output, args, kwargs
+        for run in self.full:
+            self._write(*run, key, value)
         if self.beside is not None and torch.cuda.is_current_stream_capturing():
             here = torch.cuda.current_stream()
             self.beside.wait_stream(here)
+            # First, so that its programs are the first to get a place: those of the windows take what is left.
+            for run in self.full:
+                self._attend(*run, *given)
             with torch.cuda.stream(self.beside):
                 for run in self.windows:
-                    self._piece(*run, *given)
-            for run in self.full:
-                self._piece(*run, *given)
+                    self._write(*run, key, value)
+                    self._attend(*run, *given)
             here.wait_stream(self.beside)
         else:
-            for run in (*self.windows, *self.full):
-                self._piece(*run, *given)
+            for run in self.windows:
+                self._write(*run, key, value)
+            for run in (*self.full, *self.windows):
+                self._attend(*run, *given)
         return output
 
     @staticmethod
-    def _piece(
+    def _write(piece: PieceLayer, impl: Any, heads: tuple[int, int, int, int], key: Tensor, value: Tensor) -> None:
+        """Keys and values into the piece's cache."""
+        _, _, cache, slots = get_attention_context(piece.layer_name)
+        backend: Any = piece.attn_backend
+        if slots is not None and not backend.forward_includes_kv_cache_update:
+            impl.do_kv_cache_update(piece, key[:, heads[2] : heads[3]], value[:, heads[2] : heads[3]], cache, slots)
+
+    @staticmethod
+    def _attend(
         piece: PieceLayer, impl: Any, heads: tuple[int, int, int, int], query: Tensor, key: Tensor, value: Tensor, output: Tensor,
         args: Any, kwargs: Any,
     ) -> None:  # fmt: skip
         a, b, c, d = heads
-        metadata, _, cache, slots = get_attention_context(piece.layer_name)
+        metadata, _, cache, _ = get_attention_context(piece.layer_name)
         q, k, v, out = query[:, a:b], key[:, c:d], value[:, c:d], output[:, a:b]
-        backend: Any = piece.attn_backend
-        if slots is not None and not backend.forward_includes_kv_cache_update:
-            impl.do_kv_cache_update(piece, k, v, cache, slots)
         if out.device.type == "cpu":  # whose kernel writes heads one after the other
             made = out.new_empty(out.shape)
             impl.forward(piece, q, k, v, cache, metadata, made, *args, **kwargs)
