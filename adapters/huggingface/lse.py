@@ -106,8 +106,9 @@ def attend(
         out = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
         return out[0], out[1].squeeze(-1) if out[1].ndim == 4 else out[1]
     if name == "cuda_flash":
-        # Grouped heads are native; any strides with contiguous rows will do.
-        out = _flash(q, k, v, 0.0, causal, False, scale=scale)
+        # Grouped heads are native; any strides with contiguous rows will do. Torch 2.11's compiler does not trace the binding.
+        flash = torch.ops.aten._scaled_dot_product_flash_attention if torch.compiler.is_compiling() else _flash
+        out = flash(q, k, v, 0.0, causal, False, scale=scale)
         return out[0], out[1]
     bias = None
     if mask is not None:
