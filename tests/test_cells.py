@@ -69,8 +69,9 @@ def test_two_passes_say_what_masks_say(strengths, queries, dtype, monkeypatch):
     found, other = ((edited(strengths, queries, dtype, monkeypatch, masked) - exact).abs() for masked in (False, True))
     assert found.isfinite().all()
     if dtype in (torch.float64, torch.float32):
-        assert found.max() <= (1e-12 if dtype == torch.float64 else 1e-5)
-    assert found.mean() <= 1.2 * other.mean() + 1e-12
+        assert found.max() <= (1e-12 if dtype == torch.float64 else 3e-6)
+    else:
+        assert found.mean() <= 1.2 * other.mean()
 
 
 class Count(TorchDispatchMode):

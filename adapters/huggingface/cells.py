@@ -99,14 +99,14 @@ def _reshared(outputs: list[Tensor], lses: Tensor, reshare: Callable[[Tensor], T
 def _ones_suit(call: Call, masks: list[Tensor]) -> bool:
     """Whether :func:`_in_two_passes` can take these segments: the same for all queries, and for all query heads of a KV head."""
     alike = all(m.shape[2] == 1 and m.shape[1] in (1, call.k.shape[1]) for m in masks)
-    return alike and len(masks) <= SEGMENTS and biased_keys_suit(call)
+    return alike and len(masks) <= SEGMENTS and 2 ** len(masks) <= call.v.shape[-1] and biased_keys_suit(call)
 
 
 def _in_two_passes(call: Call, masks: list[Tensor], owned: Owned, given: list[Callable[[Tensor], Tensor]]) -> Tensor:
     """[b, H, q, d] under edits of segments for which :func:`_ones_suit` holds.
 
-    The first pass is for the cells' shares: they are what ones in the values of a cell's keys add up to. The second has the
-    logarithms of each row's weights in head dimensions of their own, so that nothing is left to be merged.
+    The first pass is for the cells' shares: they are what ones add up to that stand for a cell's keys in place of values. The second
+    has the logarithms of each row's weights in head dimensions of their own, so that nothing is left to be merged.
     """
     n, width, dtype = call.seen.keys, call.q.shape[-1], score_dtype(call.q)
     tiny = torch.finfo(dtype).tiny  # stands for a weight of zero, whose logarithm no kernel takes
@@ -123,12 +123,14 @@ def _in_two_passes(call: Call, masks: list[Tensor], owned: Owned, given: list[Ca
     of_key = of_key[..., :n].transpose(-1, -2)
     parts = numbers_for(call.q.dtype)
     more = count * parts + -(width + count * parts) % 8  # kernels like aligned heads
-    flags = (of_key == torch.arange(more, device=of_key.device) % count).to(call.k.dtype)
-    k, v = _wider(call.k[:, :, :n], flags, more), _wider(call.v[:, :, :n], flags, more)
-    zero = call.q.new_zeros(())
+    k, v, zero = call.k[:, :, :n], call.v[:, :, :n], call.q.new_zeros(())
+    # Kernels like values that lie one after the other.
+    ones = (of_key == torch.arange(width, device=of_key.device)).to(v.dtype).expand_as(v).contiguous()
 
-    masses = _attend(_wider(call.q, zero, more), k, v, call.scale)[..., width : width + count].to(dtype).movedim(-1, 0)
+    masses = _attend(call.q, k, ones, call.scale)[..., :count].to(dtype).movedim(-1, 0)
     before = masses / masses.sum(0)
+    flags = (of_key == torch.arange(more, device=of_key.device) % count).to(k.dtype)
+    k, v = _wider(k, flags, more), _wider(v, zero, more)
     if len(given) == 1:
         log_w = (new_shares(before, given[0]) / before.clamp_min(tiny)).clamp_min(tiny).log()
     else:

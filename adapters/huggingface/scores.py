@@ -42,7 +42,7 @@ def explicit(
     ranges = [(since + i, since + j) for i, j in blocks_of(n_q - since, step)]
     for start, stop in [weights_of] if weights_of else ranges:
         q = call.q[:, :, start:stop].to(dtype)
-        scores = (_dot(q, k) if fused else torch.matmul(q, k.transpose(2, 3))) * call.scale
+        scores = (_dot(call.q, call.k[:, :, :n_k]) if fused else torch.matmul(q, k.transpose(2, 3))) * call.scale
         if call.softcap is not None:
             scores = call.softcap * torch.tanh(scores / call.softcap)
         all_seen = call.seen.kind in ("causal", "tail") and start == n_q - 1  # by the last query
@@ -63,15 +63,20 @@ def explicit(
     return torch.cat(blocks, 2).transpose(1, 2).contiguous()
 
 
-# One query in a compiled call. Scores are wanted in fp32: the product is fused with the reading of the keys, where a matmul would
-# first need a copy of them. Shares may have the values' own type, as they have inside fused kernels.
+# One query in a compiled call. Scores are wanted in fp32, and no copies of keys and values. Shares may have the values' own type, as
+# they have inside fused kernels.
 
 
 def _dot(q: Tensor, k: Tensor) -> Tensor:
-    """[b, H, 1, n] of q [b, H, 1, d] and k [b, K, n, d]."""
+    """[b, H, 1, n] in at least fp32, of q [b, H, 1, d] and k [b, K, n, d]."""
     b, heads, _, d = q.shape
-    grouped = q.reshape(b, k.shape[1], -1, 1, d)
-    return (grouped * k.unsqueeze(2)).sum(-1).reshape(b, heads, 1, -1)
+    grouped = q.reshape(b * k.shape[1], -1, d)
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        scores = torch.bmm(grouped, k.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32)
+    else:  # fused with the reading of the keys
+        wide = score_dtype(q)
+        scores = (grouped.to(wide).unsqueeze(2) * k.to(wide).flatten(0, 1).unsqueeze(1)).sum(-1)
+    return scores.reshape(b, heads, 1, -1)
 
 
 def _sum(p: Tensor, v: Tensor) -> Tensor:
