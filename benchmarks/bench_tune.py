@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=3, help="so often the peak of memory is taken, of either")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--peak", choices=("plain", "restricted"), help=argparse.SUPPRESS)
@@ -142,10 +143,10 @@ def main() -> None:
     how = {"pairs": given.pairs, "warm": 2, "turns": given.turns, "notes": what}
     row: Row = alternate("training step", plain, mine, device, bound=BOUND, **how)
     null = alternate("two unrestricted ones, the second over the first", plain, again, device, **how)
-    sizes = [(memory(given, False), memory(given, True)) for _ in range(3)]
+    sizes = [(memory(given, False), memory(given, True)) for _ in range(given.processes)]
     row.memory_ratio = statistics.median(b for _, b in sizes) / statistics.median(a for a, _ in sizes)
     extra = [
-        f"peak memory, MiB (plain, restricted), three processes each: {json.dumps([[round(x, 1) for x in pair] for pair in sizes])}",
+        f"peak memory, MiB (plain, restricted), {given.processes} processes each: {json.dumps([[round(x, 1) for x in pair] for pair in sizes])}",
         hooks_alone(model, device),
     ]
     write(f"tune_{device.type}", [row, null], machine(device), extra, given.out)
