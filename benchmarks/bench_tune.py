@@ -146,7 +146,8 @@ def main() -> None:
     sizes = [(memory(given, False), memory(given, True)) for _ in range(given.processes)]
     row.memory_ratio = statistics.median(b for _, b in sizes) / statistics.median(a for a, _ in sizes)
     extra = [
-        f"peak memory, MiB (plain, restricted), {given.processes} processes each: {json.dumps([[round(x, 1) for x in pair] for pair in sizes])}",
+        f"peak memory, MiB (plain, restricted), {given.processes} processes each: "
+        + json.dumps([[round(x, 1) for x in pair] for pair in sizes]),
         hooks_alone(model, device),
     ]
     write(f"tune_{device.type}", [row, null], machine(device), extra, given.out)
