@@ -1,12 +1,15 @@
 """What is lost when KV heads keep the first and the last tokens only: found heads, random heads, no heads at all.
 
     python benchmarks/quality_kv.py --book TEXT --tasks FOLDER [--model M] [--dtype bfloat16] [--device D] [--stage STAGE ...]
-                                    [--out FOLDER] [--stem NAME] [--workers N] [--deadline SECONDS] [--sizes full|small|quick]
+                                    [--out FOLDER] [--stem NAME] [--workers N] [--deadline SECONDS]
+                                    [--sizes full|long|small|quick] [--found RESULT]
 
 `--book` is a long plain text that nothing was chosen on; `--tasks` a folder of JSON files, each a list of {"input", "output"}.
 Stages: `find` (gates, retrieval scores and quick scores, all on generated texts; always measured, for others need them), `needles`,
 `text` (perplexity), `tasks` (few-shot prompts), `masks` (retrieval heads switched off, against as many random ones), `draw`. Nothing
 of book or tasks goes into the result but their names and digests.
+
+`--found` takes the heads that another run of the same model found, in place of finding them again.
 
 `--workers` processes share the work: steps of a small model wait for the host, and a GPU serves many of them. After `--deadline`
 seconds no new measurement begins; a run that is started again goes on where the last one was.
@@ -57,6 +60,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds after which nothing new begins")
     parser.add_argument("--sizes", choices=SIZES, default="full", help="small: for a CPU; quick: to see that it runs")
+    parser.add_argument("--found", type=Path, help="a result whose heads are taken")
     asked = parser.parse_args()
     deadline = time.time() + asked.deadline
     wanted, path = asked.stage or [*STAGES, "draw"], asked.out / f"{asked.stem}.json"
@@ -71,6 +75,8 @@ def main() -> None:
         if before.data.get("settings", settings) != settings:
             parser.error(f"{path} holds measurements of other sizes; remove it, or choose another --stem")
         before.data["settings"] = settings
+        if asked.found:
+            before.data.setdefault("find", json.loads(asked.found.read_text())["find"])
         before.path.parent.mkdir(parents=True, exist_ok=True)
         before.path.write_text(json.dumps(before.data))
         threads = 1 if asked.workers > 1 else None

@@ -74,7 +74,9 @@ QUICK = Sizes(
     prompts=2, passages=2, lengths=(256,), tasks=("antonym", "country-capital"), queries=3, masked=(10,),
 )  # fmt: skip
 """Enough to see that everything runs."""
-SIZES = {"full": Sizes(), "small": SMALL, "quick": QUICK}
+LONG = dataclasses.replace(Sizes(), passages=4, lengths=(4096,))
+"""Long texts, as few as a CPU gets through; heads found as in the full size."""
+SIZES = {"full": Sizes(), "long": LONG, "small": SMALL, "quick": QUICK}
 
 
 @dataclasses.dataclass(frozen=True)
