@@ -170,7 +170,11 @@ def stop_profile(worker: Any) -> list[tuple[str, int, float]]:
     profile.__exit__(None, None, None)
     del worker.bench_profile
     found = [
-        (e.key[:90], e.count, float(getattr(e, f"self_{'device' if device == 'cuda' else 'cpu'}_time_total")))
+        (
+            e.key if len(e.key) <= 130 else f"{e.key[:60]} ... {e.key[-65:]}",
+            e.count,
+            float(getattr(e, f"self_{'device' if device == 'cuda' else 'cpu'}_time_total")),
+        )
         for e in profile.key_averages()
     ]
     return sorted(found, key=lambda x: -x[2])[:40]
