@@ -164,19 +164,18 @@ def start_profile(worker: Any) -> None:
     worker.bench_profile.__enter__()
 
 
+def _short(name: str) -> str:
+    """A kernel's name; of a template's, both ends say which it is."""
+    return name if len(name) <= 130 else f"{name[:60]} ... {name[-65:]}"
+
+
 def stop_profile(worker: Any) -> list[tuple[str, int, float]]:
     """Name, calls and microseconds of what ran, longest first."""
     profile, device = worker.bench_profile, worker.device.type
     profile.__exit__(None, None, None)
     del worker.bench_profile
-    found = [
-        (
-            e.key if len(e.key) <= 130 else f"{e.key[:60]} ... {e.key[-65:]}",
-            e.count,
-            float(getattr(e, f"self_{'device' if device == 'cuda' else 'cpu'}_time_total")),
-        )
-        for e in profile.key_averages()
-    ]
+    time_of = f"self_{'device' if device == 'cuda' else 'cpu'}_time_total"
+    found = [(_short(e.key), e.count, float(getattr(e, time_of))) for e in profile.key_averages()]
     return sorted(found, key=lambda x: -x[2])[:40]
 
 
