@@ -138,7 +138,8 @@ def _in_two_passes(call: Call, masks: list[Tensor], owned: Owned, given: list[Ca
         log_w = log_w.masked_fill(torch.isneginf(log_w + before.log()).all(0), 0.0)  # such a row stays as it is
         log_w = log_w.clamp_min(math.log(tiny))
     found = in_numbers((log_w / call.scale).movedim(0, -1), call.q.dtype)
-    return _attend(_wider(torch.cat([call.q, *found], -1), zero, more - count * parts), k, v, call.scale)[..., :width]
+    pad = zero.expand(*call.q.shape[:-1], more - count * parts)
+    return _attend(torch.cat([call.q, *found, pad], -1), k, v, call.scale)[..., :width]
 
 
 def biased_keys_suit(call: Call) -> bool:
