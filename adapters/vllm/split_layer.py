@@ -154,9 +154,6 @@ class PiecesImpl:
         As in :meth:`SplitLayer.join`.
     """
 
-    fused_output_quant_supported = staticmethod(lambda *_, **__: False)
-    fused_rope_kvcache_supported = staticmethod(lambda *_, **__: False)
-
     def __init__(
         self, runs: list[tuple[PieceLayer, tuple[int, int, int, int]]], first: Any, beside: torch.cuda.Stream | None
     ) -> None:
@@ -168,6 +165,14 @@ class PiecesImpl:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["first"], name)
+
+    def fused_output_quant_supported(self, *_: Any, **__: Any) -> bool:
+        """Never: edits need outputs before they are quantised."""
+        return False
+
+    def fused_rope_kvcache_supported(self, *_: Any, **__: Any) -> bool:
+        """Never: keys go to several caches."""
+        return False
 
     def do_kv_cache_update(self, *_: Any, **__: Any) -> None:
         """Nothing: see the class."""
