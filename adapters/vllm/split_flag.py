@@ -31,6 +31,7 @@ SEAMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.v1.core.kv_cache_utils", "create_kv_cache_group_specs", ("kv_cache_spec", "grouped_layer_names")),
     ("vllm.v1.core.kv_cache_utils", "resolve_block_hashes", ("block_hashes", "hash_block_size", "block_size")),
     ("vllm.v1.kv_cache_interface", "SlidingWindowSpec", ("block_size", "num_kv_heads", "head_size", "sliding_window")),
+    ("vllm.model_executor.layers.attention.attention", "get_attention_context", ("layer_name",)),
     ("vllm.v1.attention.backend", "subclass_attention_backend", ("name_prefix", "attention_backend_cls", "builder_cls")),
     ("vllm.v1.attention.backend", "CommonAttentionMetadata",
      ("query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs", "max_query_len", "max_seq_len", "block_table_tensor",

@@ -122,7 +122,7 @@ class SplitLayer(PieceLayer):
         Parameters
         ----------
         beside
-            Where window pieces run while graphs are captured; None: before the others.
+            Where window pieces run while graphs are captured; None: where the others do, behind them.
         """
         self.impl = PiecesImpl(self.runs, self.impl, beside)
         known = {name: value for name, value in vars(self).items() if not name.startswith("_")}
