@@ -38,6 +38,10 @@ BACKENDS = ("CPU_ATTN", "FLASH_ATTN")
 UNVERIFIED_BACKENDS = ("TRITON_ATTN",)
 
 
+Heads = tuple[int, int, int, int]
+"""Where a piece's query heads and its KV heads begin and end."""
+
+
 class PieceLayer(Attention):
     """One piece. `places` in its cache may be more than it has heads; it sees those that it uses.
 
@@ -96,7 +100,7 @@ class SplitLayer(PieceLayer):
     """
 
     others: Any
-    runs: list[tuple[PieceLayer, tuple[int, int, int, int]]]
+    runs: list[tuple[PieceLayer, Heads]]
     dealt: bool
     query_order: Tensor
     kv_order: Tensor
@@ -137,6 +141,10 @@ class Whole:
         vars(self).update(known)
 
 
+Run = tuple[PieceLayer, Any, Heads]
+"""A piece, its own implementation, and its heads."""
+
+
 class PiecesImpl:
     """The implementation of a layer that is cut: that of each piece, on its heads' part of queries and outputs.
 
@@ -154,9 +162,7 @@ class PiecesImpl:
         As in :meth:`SplitLayer.join`.
     """
 
-    def __init__(
-        self, runs: list[tuple[PieceLayer, tuple[int, int, int, int]]], first: Any, beside: torch.cuda.Stream | None
-    ) -> None:
+    def __init__(self, runs: list[tuple[PieceLayer, Heads]], first: Any, beside: torch.cuda.Stream | None) -> None:
         self.first = first
         made = [(piece, piece.impl, heads) for piece, heads in runs]
         self.windows = [run for run in made if run[0].piece.kind == WINDOW]
@@ -184,28 +190,29 @@ class PiecesImpl:
         """As a piece's own, for all heads of this rank; `kv_cache` and `attn_metadata` are looked up for each piece."""
         given = query, key, value, output, args, kwargs
         for run in self.full:
-            self._write(*run, key, value)
+            self._write(run, key, value)
         if self.beside is not None and torch.cuda.is_current_stream_capturing():
             here = torch.cuda.current_stream()
             self.beside.wait_stream(here)
             # First, so that its programs are the first to get a place: those of the windows take what is left.
             for run in self.full:
-                self._attend(*run, *given)
+                self._attend(run, *given)
             with torch.cuda.stream(self.beside):
                 for run in self.windows:
-                    self._write(*run, key, value)
-                    self._attend(*run, *given)
+                    self._write(run, key, value)
+                    self._attend(run, *given)
             here.wait_stream(self.beside)
         else:
             for run in self.windows:
-                self._write(*run, key, value)
+                self._write(run, key, value)
             for run in (*self.full, *self.windows):
-                self._attend(*run, *given)
+                self._attend(run, *given)
         return output
 
     @staticmethod
-    def _write(piece: PieceLayer, impl: Any, heads: tuple[int, int, int, int], key: Tensor, value: Tensor) -> None:
+    def _write(run: Run, key: Tensor, value: Tensor) -> None:
         """Keys and values into the piece's cache."""
+        piece, impl, heads = run
         _, _, cache, slots = get_attention_context(piece.layer_name)
         backend: Any = piece.attn_backend
         if slots is not None and not backend.forward_includes_kv_cache_update:
@@ -213,10 +220,15 @@ class PiecesImpl:
 
     @staticmethod
     def _attend(
-        piece: PieceLayer, impl: Any, heads: tuple[int, int, int, int], query: Tensor, key: Tensor, value: Tensor, output: Tensor,
-        args: Any, kwargs: Any,
-    ) -> None:  # fmt: skip
-        a, b, c, d = heads
+        run: Run,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        piece, impl, (a, b, c, d) = run
         metadata, _, cache, _ = get_attention_context(piece.layer_name)
         q, k, v, out = query[:, a:b], key[:, c:d], value[:, c:d], output[:, a:b]
         if out.device.type == "cpu":  # whose kernel writes heads one after the other
