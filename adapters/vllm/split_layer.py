@@ -100,6 +100,7 @@ class SplitLayer(PieceLayer):
     """
 
     others: Any
+    impl: Any
     runs: list[tuple[PieceLayer, Heads]]
     dealt: bool
     query_order: Tensor
