@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from headpatch.segments import cell_log_weights, log_sum_exp, new_shares
+from headpatch.segments import cell_log_weights, log_sum_exp, new_shares, partition
 
 __all__ = ["Acting", "HeadEdit", "attention_of", "edit_attention", "edit_scores", "on_heads"]
 
@@ -38,12 +38,15 @@ Acting = tuple[HeadEdit, Sequence[Tensor], Mapping[str, Any]]
 first), and the operands that the method asked for."""
 
 
-def on_heads(edit: HeadEdit, operands: Mapping[str, Any], everywhere: bool = False) -> Callable[[Tensor], Tensor]:
-    """An edit's function on shares of all heads, or (`everywhere`) on shares of its own heads alone."""
+def on_heads(
+    edit: HeadEdit, operands: Mapping[str, Any], everywhere: bool = False, strength: Tensor | None = None
+) -> Callable[[Tensor], Tensor]:
+    """An edit's function on shares of all heads, or (`everywhere`) on shares of its own alone, or of those that `strength` is of."""
+    of_heads = edit.strength if strength is None else strength
 
     def reshare(shares: Tensor) -> Tensor:
         chosen = shares if everywhere else shares.index_select(2, edit.heads)
-        new: Tensor = edit.method.reshare(chosen, edit.strength.to(shares.dtype), operands)
+        new: Tensor = edit.method.reshare(chosen, of_heads.to(shares.dtype), operands)
         return new.to(shares.dtype) if everywhere else shares.index_copy(2, edit.heads, new.to(shares.dtype))
 
     return reshare
@@ -114,16 +117,12 @@ def edit_attention(p: Tensor, edits: Sequence[Acting], fused: bool = False) -> T
     """
     for edit, masks, given in edits:
         on = _Some(edit, p, fused)
-        inside_of: list[Tensor] = []
-        free: Tensor | None = None
-        for mask in map(on.of, masks):
-            inside_of.append(mask if free is None else mask & free)
-            free = ~mask if free is None else free & ~mask
-        before = torch.stack([(on.taken * of).sum(-1) for of in (*inside_of, *(() if free is None else (free,)))])
-        after = new_shares(before, on.reshare(given))
+        cells = partition([on.of(mask) for mask in masks])
+        before = torch.stack([(on.taken * cell).sum(-1) for cell in cells])
+        after = new_shares(before, on_heads(edit, on.operands(given), True, on.strength))
         factor = (after / before.clamp_min(torch.finfo(p.dtype).tiny)).unsqueeze(-1)
         weight = factor[-1]
-        for place, inside in enumerate(inside_of):
+        for place, inside in enumerate(cells[:-1]):
             weight = torch.where(inside, factor[place], weight)
         p = on.put(on.taken * weight)
     return p
@@ -149,16 +148,6 @@ class _Some:
         if self.dense is None or "heads" not in given:
             return given
         return {**given, "heads": torch.arange(self.x.shape[1], device=self.x.device)}
-
-    def reshare(self, given: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
-        """The edit's function on their shares."""
-        method, operands = self.edit.method, self.operands(given)
-
-        def changed(shares: Tensor) -> Tensor:
-            new: Tensor = method.reshare(shares, self.strength.to(shares.dtype), operands)
-            return new.to(shares.dtype)
-
-        return changed
 
     def put(self, new: Tensor) -> Tensor:
         """`x` with these heads as in `new`."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 __all__ = ["augment", "cell_log_weights", "cells", "in_numbers", "include_sink", "log_sum_exp", "merge", "new_shares",
-           "numbers_for"]  # fmt: skip
+           "numbers_for", "partition"]  # fmt: skip
 
 NEVER = -1e4
 """Stands for log(0) where a finite number is needed (a bias that a kernel adds to a score)."""
@@ -87,6 +87,16 @@ def cells(memberships: Sequence[Tensor]) -> list[tuple[tuple[int, ...], Tensor]]
     if not memberships:
         raise ValueError("cells() needs at least one segment")
     return [(inside, cell) for inside, cell in found if cell is not None]
+
+
+def partition(memberships: Sequence[Tensor]) -> list[Tensor]:
+    """Disjoint masks of a single edit's segments, a key that lies in two belonging to the first; last, of the keys in none."""
+    found = [memberships[0]]
+    free = ~memberships[0]
+    for mask in memberships[1:]:
+        found.append(mask & free)
+        free = free & ~mask
+    return [*found, free]
 
 
 def cell_log_weights(

@@ -20,7 +20,7 @@ from headpatch.adapters.huggingface.lse import repeat_kv, score_dtype
 from headpatch.adapters.huggingface.mass import BLOCK, Call, of_heads, unedited
 from headpatch.adapters.huggingface.plan import Edit
 from headpatch.scores import on_heads
-from headpatch.segments import cell_log_weights, cells, in_numbers, merge, new_shares, numbers_for
+from headpatch.segments import cell_log_weights, cells, in_numbers, merge, new_shares, numbers_for, partition
 
 __all__ = ["OperandsAt", "Owned", "Segments", "biased_keys_suit", "by_cells", "by_key_bias"]
 
@@ -57,9 +57,11 @@ def by_cells(call: Call, edits: tuple[Edit, ...], segments: Segments, owned: Own
         stop = min(n_q, start + max(64, BLOCK // per_head))  # a mask per head takes that many times the memory
         masks = [s[..., : stop - start, :n_k] for s in masks]
         mask = _rows_of(call.seen.block(start, stop), heads)
-        found = _partition(masks, owned[0]) if len(edits) == 1 else cells(masks)
-        inside = [names for names, _ in found]
-        pairs = [call.attend(some.q[:, :, start:stop], k, v, _and(mask, cell)) for _, cell in found]
+        if len(edits) == 1:
+            inside, members = [*((i,) for i in owned[0]), ()], partition([masks[i] for i in owned[0]])
+        else:
+            inside, members = (list(x) for x in zip(*cells(masks), strict=True))
+        pairs = [call.attend(some.q[:, :, start:stop], k, v, _and(mask, cell)) for cell in members]
         outputs, lses = [o for o, _ in pairs], [lse for _, lse in pairs]
         given = [on_heads(e, operands(e, start, stop), everywhere) for e in edits]
         if len(edits) == 1 and sinks is None:
@@ -201,15 +203,6 @@ def by_key_bias(call: Call, heads: Tensor, columns: Tensor, keys: Tensor) -> Ten
 def _rows_of(mask: Any, heads: Tensor | None) -> Any:
     """A mask [b, 1 or H, ...] of these heads."""
     return mask if mask is None or heads is None or mask.shape[1] == 1 else mask.index_select(1, heads)
-
-
-def _partition(masks: list[Tensor], named: tuple[int, ...]) -> list[tuple[tuple[int, ...], Tensor]]:
-    """One cell per segment of a single edit, and the rest; a key that lies in two belongs to the first."""
-    found, free = [], torch.ones((), dtype=torch.bool, device=masks[0].device)
-    for i in named:
-        found.append(((i,), masks[i] & free))
-        free = free & ~masks[i]
-    return [*found, ((), free)]
 
 
 def _and(mask: Tensor | None, cell: Tensor) -> Tensor:

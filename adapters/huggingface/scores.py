@@ -34,15 +34,15 @@ def explicit(
     if since >= call.q.shape[2]:
         return unedited(call).transpose(1, 2).contiguous()
     n_q, n_k, dtype = call.q.shape[2], call.seen.keys, score_dtype(call.q)
-    k, v = call.k[:, :, :n_k].to(dtype), call.v[:, :, :n_k].to(dtype)
+    k, v = call.k[:, :, :n_k], call.v[:, :, :n_k]
     fused = n_q == 1 and torch.compiler.is_compiling()
     if not fused:
-        k, v = repeat_kv(k, call.groups), repeat_kv(v, call.groups)
+        k, v = repeat_kv(k.to(dtype), call.groups), repeat_kv(v.to(dtype), call.groups)
     blocks = [unedited(call)[:, :, :since]] if since else []
     ranges = [(since + i, since + j) for i, j in blocks_of(n_q - since, step)]
     for start, stop in [weights_of] if weights_of else ranges:
-        q = call.q[:, :, start:stop].to(dtype)
-        scores = (_dot(call.q, call.k[:, :, :n_k]) if fused else torch.matmul(q, k.transpose(2, 3))) * call.scale
+        q = call.q[:, :, start:stop]
+        scores = (_dot(q, k) if fused else torch.matmul(q.to(dtype), k.transpose(2, 3))) * call.scale
         if call.softcap is not None:
             scores = call.softcap * torch.tanh(scores / call.softcap)
         all_seen = call.seen.kind in ("causal", "tail") and start == n_q - 1  # by the last query
@@ -59,7 +59,7 @@ def explicit(
             p = attention_of(edit_scores(scores, acting, fused), call.sinks)
         if weights_of:
             return p
-        blocks.append((_sum(p, call.v[:, :, :n_k]) if fused else torch.matmul(p, v)).to(call.q.dtype))
+        blocks.append((_sum(p, v) if fused else torch.matmul(p, v)).to(call.q.dtype))
     return torch.cat(blocks, 2).transpose(1, 2).contiguous()
 
 
