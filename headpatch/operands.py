@@ -116,10 +116,18 @@ class Segment:
     kind: str
     options: tuple[tuple[str, object], ...] = ()
     minus: tuple[Segment, ...] = field(default=())
+    _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.kind not in SEGMENT_KINDS:
             raise ValueError(f"unknown segment {self.kind!r}; there are {', '.join(sorted(SEGMENT_KINDS))}")
+        object.__setattr__(self, "_hash", hash((self.kind, self.options, self.minus)))
+
+    def __hash__(self) -> int:  # asked for in every layer of every call
+        return self._hash
+
+    def __reduce__(self) -> tuple[object, ...]:  # another process hashes words differently
+        return Segment, (self.kind, self.options, self.minus)
 
     def operands(self) -> tuple[str, ...]:
         """Names of the operands that this segment is made of."""

@@ -118,14 +118,22 @@ def edit_attention(p: Tensor, edits: Sequence[Acting], fused: bool = False) -> T
     for edit, masks, given in edits:
         on = _Some(edit, p, fused)
         cells = partition([on.of(mask) for mask in masks])
-        before = torch.stack([(on.taken * cell).sum(-1) for cell in cells])
-        after = new_shares(before, on_heads(edit, on.operands(given), True, on.strength))
+        before = _masses(on.taken, cells, fused)
+        after = new_shares(before, on_heads(edit, on.operands(given), True, on.strength), edit.method.conserves)
         factor = (after / before.clamp_min(torch.finfo(p.dtype).tiny)).unsqueeze(-1)
         weight = factor[-1]
         for place, inside in enumerate(cells[:-1]):
             weight = torch.where(inside, factor[place], weight)
         p = on.put(on.taken * weight)
     return p
+
+
+def _masses(p: Tensor, cells: Sequence[Tensor], fused: bool) -> Tensor:
+    """[C, b, H, q] attention of each cell."""
+    if fused or any(cell.shape[2] > 1 for cell in cells):
+        return torch.stack([(p * cell).sum(-1) for cell in cells])
+    flags = torch.stack(torch.broadcast_tensors(*cells), -1)[:, :, 0].to(p.dtype)
+    return torch.matmul(p, flags).movedim(-1, 0)
 
 
 class _Some:

@@ -141,12 +141,14 @@ def cell_log_weights(
     return log_w
 
 
-def new_shares(before: Tensor, reshare: Callable[[Tensor], Tensor]) -> Tensor:
+def new_shares(before: Tensor, reshare: Callable[[Tensor], Tensor], conserves: bool = False) -> Tensor:
     """Shares [C, b, H, q] after a single edit, whose function from shares to shares is `reshare`.
 
     A segment without mass has no proportions to keep: nothing can be given to it. A row that sees nothing but emptied segments stays
-    as it is.
+    as it is. Nothing is left to be done where `reshare` says of itself that it knows (``MassMethod.conserves``).
     """
+    if conserves:
+        return reshare(before)
     after = reshare(before).masked_fill(before <= 0, 0.0)
     total = after.sum(0)
     return torch.where(total > 0, after / total.clamp_min(torch.finfo(total.dtype).tiny), before)
@@ -159,10 +161,10 @@ def numbers_for(dtype: torch.dtype) -> int:
 
 def in_numbers(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """`x` as :func:`numbers_for` tensors of `dtype` that add up to it: each takes what rounding left of those before."""
-    rest, found = x, []
-    for _ in range(numbers_for(dtype)):
-        found.append(rest.to(dtype))
-        rest = rest - found[-1].to(rest.dtype)
+    found = [x.to(dtype)]
+    while len(found) < numbers_for(dtype):
+        x = x - found[-1]  # in x's own, wider type
+        found.append(x.to(dtype))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from transformers import BitsAndBytesConfig, DynamicCache, LlamaConfig, LlamaFor
 from zoo import ZOO, Entry, Inputs, output
 
 import headpatch
+from headpatch.adapters.huggingface import cells
+from headpatch.adapters.huggingface.lse import attend_last, attend_tiled
 
 pytestmark = [
     pytest.mark.gpu,
@@ -148,6 +151,41 @@ def test_bitsandbytes(bits: int, tmp_path: Any) -> None:
         want = (p / p.sum(-1, keepdim=True)) @ v
         got = outputs[0].unflatten(-1, (4, 32))[:, :, head]
         assert (got - want).abs().max() <= 5e-3 * max(1.0, float(want.abs().max()))
+
+
+@pytest.mark.parametrize(("queries", "keys", "width"), [(37, 100, 128), (413, 1024, 144), (1, 64, 64)])
+def test_the_last_queries(queries: int, keys: int, width: int) -> None:
+    """The flash kernel aligns causality at the last query; SDPA aligns it at the first."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, n, width).cuda().bfloat16() for h, n in ((4, queries), (2, keys), (2, keys)))
+    mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries).cuda()[None, None]
+    wanted = attend_tiled(q.double(), k.double(), v.double(), mask=mask, scale=0.1)
+    o, lse = attend_last(q, k, v, 0.1)
+    torch.testing.assert_close(o.double(), wanted[0], rtol=0, atol=2e-2)
+    torch.testing.assert_close(lse.double(), wanted[1], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("method", "given"), [
+    ("act", {"threshold": 1.5, "threshold_per": "prompt_length"}), ("pasta", {}), ("pasta", {"target_mass": 0.6}),
+])  # fmt: skip
+@pytest.mark.parametrize("small", [True, False])
+def test_masses_of_a_prompt(method: str, given: dict[str, Any], small: bool, monkeypatch: Any) -> None:
+    """bf16 prompts on CUDA's kernels against the same model and recipe in float64 on the CPU."""
+    monkeypatch.setattr(cells, "is_small", lambda call: small)
+    tokens = torch.arange(2 * 96).reshape(2, 96) % 64
+    recipe = {"headpatch": 1, "patches": [{"method": method, "heads": {"*.1": 0.4}, **given}]}
+
+    def run(device: str, dtype: torch.dtype) -> Tensor:
+        model = ZOO["llama"].build(torch.float64).to(device, dtype)
+        handle = headpatch.apply(model, recipe)
+        with torch.no_grad(), handle.inputs(spans=[[(3, 30)]] * 2) if method == "pasta" else contextlib.nullcontext():
+            return model(tokens.to(device), use_cache=False).logits.double().cpu()
+
+    exact = run("cpu", torch.float64)
+    untouched = ZOO["llama"].build(torch.float64)(tokens).logits
+    error = (run("cuda", torch.bfloat16) - exact).abs().mean()
+    assert error <= 0.05 * exact.std()
+    assert error < 0.5 * (untouched - exact).abs().mean()
 
 
 def test_gradients_on_the_gpu() -> None:

@@ -64,6 +64,15 @@ def test_rows_that_see_nothing(dtype: torch.dtype) -> None:
             assert o.isfinite().all()
 
 
+@pytest.mark.parametrize("queries", [1, 5, 24])
+def test_the_last_queries(queries: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, queries, 16), torch.randn(2, 2, 24, 16), torch.randn(2, 2, 24, 16)
+    mask = torch.ones(queries, 24, dtype=torch.bool).tril(24 - queries)
+    for found, wanted in zip(lse.attend_last(q, k, v, 0.3), plain(q, k, v, mask, 0.3), strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5)
+
+
 def test_no_keys_at_all() -> None:
     """The CPU kernel would end the process."""
     o, total = lse.attend(torch.randn(1, 2, 3, 16), torch.randn(1, 2, 0, 16), torch.randn(1, 2, 0, 16), scale=0.25)

@@ -28,7 +28,7 @@ from zoo import SOURCE, ZOO
 
 import headpatch
 from headpatch import EngineError, RecipeError, UnsupportedModelError
-from headpatch.adapters.huggingface import cells
+from headpatch.adapters.huggingface import cells, mass
 
 __all__ = ["one_thread", "silent"]
 pytestmark = pytest.mark.filterwarnings("error")
@@ -324,26 +324,37 @@ def test_what_is_refused():
 @pytest.mark.parametrize("heads", [{1: 0.2}, {0: 0.2, 2: 0.0}, {0: 0.4, 1: 0.2, 2: 0.1, 3: 0.0}])
 def test_ones_in_keys_and_values_are_masks(dtype, heads, monkeypatch):
     """Prompts without a mask take the ordinary kernel, and say in the keys which cell they are in; as exact as with a mask. Cells
-    that differ between the query heads of a KV head cannot be said there (the last case).
+    that differ between the query heads of a KV head cannot be said there (the last case). Where the sinks were found on the heads'
+    whole attention, that is edited.
     """
     tokens, many = ids(2, 40), len(heads) > 2
 
-    def run(dtype: torch.dtype, masked: bool) -> Tensor:
+    def run(dtype: torch.dtype, how: str) -> Tensor:
         model = ZOO["llama"].build(torch.float64).to(dtype)
         headpatch.apply(model, recipe_of("act", heads, threshold=1.5, threshold_per="prompt_length"))
-        taken, inner = [], cells._in_two_passes
+        taken: list[str] = []
+
+        def noting(name: str) -> Any:
+            inner = getattr(cells, name)
+            return lambda *given: taken.append(name) or inner(*given)
+
         with monkeypatch.context() as patched, torch.no_grad():
-            patched.setattr(cells, "_in_two_passes", lambda *given: taken.append(1) or inner(*given))
-            if masked:
+            for name in ("_in_two_passes", "_on_attention"):
+                patched.setattr(cells, name, noting(name))
+            if how != "attention":
+                patched.setattr(mass.Call, "attention_of", lambda call, heads: None)
+            if how == "masks":
                 patched.setattr(cells, "biased_keys_suit", lambda call: False)
             found = logits(model, {"input_ids": tokens}).double()
-        assert bool(taken) == (not masked and not many)
+        expected = {"masks": set(), "passes": set() if many else {"_in_two_passes"}, "attention": {"_on_attention"}}
+        assert set(taken) == expected[how]
         return found
 
-    exact = run(torch.float64, True)
-    found, other = ((run(dtype, masked) - exact).abs() for masked in (False, True))
-    if dtype != torch.bfloat16:
-        assert found.max() <= 1e-4 if dtype == torch.float32 else found.max() <= 1e-11
-    assert (
-        found.median() <= 1.2 * other.median() + 1e-12
-    )  # (in half precision a sink may be one to one run and none to another)
+    exact = run(torch.float64, "masks")
+    other = (run(dtype, "masks") - exact).abs()
+    for how in ("passes", "attention"):
+        found = (run(dtype, how) - exact).abs()
+        if dtype != torch.bfloat16:
+            assert found.max() <= (1e-4 if dtype == torch.float32 else 1e-11)
+        # (In half precision a sink may be one to one run and none to another.)
+        assert found.median() <= 1.2 * other.median() + 1e-12

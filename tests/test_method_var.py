@@ -15,6 +15,7 @@ from zoo import IMAGE, ZOO
 
 import headpatch
 from headpatch import RecipeError, UnsupportedModelError
+from headpatch.adapters.huggingface import cells
 
 __all__ = ["one_thread", "silent"]
 pytestmark = pytest.mark.filterwarnings("error")
@@ -194,6 +195,27 @@ def test_stacked_with_other_methods(first):
     patches.append(recipe_of("head_scaling", scale)["patches"][0])
     compare("llava", {"headpatch": 1, "patches": patches}, of_layer, "left", prepare=written.prepare)
     assert min(written.gates.values()) > 3
+
+
+def test_queries_that_are_never_edited_are_spared(monkeypatch):
+    """Where a GPU would be busy, the kernel passes begin at the first query behind an image of any row; in steps, nowhere else."""
+    begun: list[int] = []
+    inner = cells.by_cells
+    monkeypatch.setattr(cells, "by_cells", lambda *given: begun.append(given[5]) or inner(*given))
+    entry, batch = ZOO["llava"], inputs_of("llava", None).to(torch.float64).kwargs
+    image = batch["input_ids"] == IMAGE
+    model = entry.build(torch.float64)
+    headpatch.apply(model, recipe_of("var", RECYCLE, **GIVEN))
+    with torch.no_grad():
+        wanted = model(**batch, use_cache=True)
+        monkeypatch.setattr(cells, "spares_queries", lambda call: True)
+        found = model(**batch, use_cache=True)
+        step = model(batch["input_ids"][:, -1:], past_key_values=found.past_key_values).logits
+        same = model(batch["input_ids"][:, -1:], past_key_values=wanted.past_key_values).logits
+    torch.testing.assert_close(found.logits, wanted.logits, rtol=0, atol=1e-11)
+    torch.testing.assert_close(step, same, rtol=0, atol=1e-11)
+    behind = ((image.cumsum(1) > 0) & ~image).int().argmax(1)
+    assert set(begun) == {0, int(behind.min())} and behind.min() > 2
 
 
 def test_identity_and_removal_are_bit_equal():

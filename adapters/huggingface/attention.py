@@ -253,19 +253,21 @@ def _edited(call: mass.Call, plan: LayerPlan, server: OperandServer | None, fuse
         scale = plan.scale.to(call.q.device) if fuse_scale and plan.scale is not None else None
         return mass.first_token(call, weight, scale, plan.gentle), scale is not None
     assert server is not None
-    edits = plan.family("mass", "scores")
-    masks = server.segment_masks(plan.segments)
+    edits = plan.attention
     # A compiled step is quickest in the open too: one query's scores are small, keys and values are read once for all cells.
     step = torch.compiler.is_compiling() and call.q.shape[2] == 1 and call.sinks is None
-    if step or any(e.method.family == "scores" for e in edits):
-        since = scores.first_edited(server, edits)
-        return scores.explicit(call, edits, masks, plan.owned, server.operands_of, since=since), False
-    if plan.log_weights is not None and cells.biased_keys_suit(call):
+    in_the_open = step or any(e.method.family == "scores" for e in edits)
+    if not in_the_open and plan.log_weights is not None and cells.biased_keys_suit(call):
         flags = server.key_flags(plan.segments[0])
         if flags is not None:
-            columns = plan.bias_columns(call.q, call.scale)
-            return cells.by_key_bias(call, edits[0].heads, columns, flags), False
-    return cells.by_cells(call, edits, masks, plan.owned, server.operands_of), False
+            some = edits[0].heads if cells.few_suit(call, edits[0].heads) else None
+            return cells.by_key_bias(call, some, plan.bias_columns(call.q, call.scale, some is None), flags), False
+    masks = server.segment_masks(plan.segments)
+    if in_the_open:
+        since = scores.first_edited(server, edits)
+        return scores.explicit(call, edits, masks, plan.owned, server.operands_of, since=since), False
+    since = scores.first_acted_on(server, edits) if cells.spares_queries(call) else 0
+    return cells.by_cells(call, edits, masks, plan.owned, server.operands_of, since), False
 
 
 def base_attention(

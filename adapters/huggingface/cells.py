@@ -2,7 +2,8 @@
 
 * :func:`by_key_bias`: constant weights on one set of keys where there is no mask, as extra head dimensions.
 * :func:`by_cells`: anything else in the mass family. One kernel pass per cell of intersected segments, merged by log-sum-exp; or,
-  where there is no mask, one pass for the cells' shares and one with each row's weights in the keys.
+  where there is no mask, one pass for the cells' shares and one with each row's weights in the keys; or, where the segments were
+  found on the heads' attention itself, what is left of it.
 
 On a GPU it is the host's launches that take time here: tensors are small, and what can be said in one call is.
 """
@@ -16,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headpatch.adapters.huggingface.lse import repeat_kv, score_dtype
+from headpatch.adapters.huggingface.lse import attend_last, repeat_kv, score_dtype
 from headpatch.adapters.huggingface.mass import BLOCK, Call, of_heads, unedited
 from headpatch.adapters.huggingface.plan import Edit
-from headpatch.scores import on_heads
+from headpatch.scores import edit_attention, on_heads
 from headpatch.segments import cell_log_weights, cells, in_numbers, merge, new_shares, numbers_for, partition
 
-__all__ = ["OperandsAt", "Owned", "Segments", "biased_keys_suit", "by_cells", "by_key_bias"]
+__all__ = ["OperandsAt", "Owned", "Segments", "biased_keys_suit", "by_cells", "by_key_bias", "few_suit",
+           "is_small", "spares_queries"]  # fmt: skip
 
 Segments = Callable[[int, int], list[Tensor]]
 """Masks of the segments that a plan's edits name, for queries start..stop, each broadcastable to [b, H, q, n]."""
@@ -33,22 +35,32 @@ OperandsAt = Callable[[Edit, int, int], dict[str, Any]]
 
 SEGMENTS = 4
 """So many have 16 cells at most, and kernels do not become too wide."""
+SMALL = 1 << 25
+"""Up to so many numbers of attention a GPU waits for the host: fewer launches are then better than less work."""
 
 
-def by_cells(call: Call, edits: tuple[Edit, ...], segments: Segments, owned: Owned, operands: OperandsAt) -> Tensor:
+def by_cells(
+    call: Call, edits: tuple[Edit, ...], segments: Segments, owned: Owned, operands: OperandsAt, since: int = 0
+) -> Tensor:
     """Attention with any mass edits; `owned` lists, per edit, its segments' places in what `segments` returns.
 
-    Where one edit names few of the heads, all heads take the ordinary kernel once, and its cells run for those heads alone.
+    No edit acts on queries before `since`: those need no more than the ordinary kernel. Where one edit names few of the heads, all
+    heads take that once, and its cells run for those heads alone.
     """
     few = len(edits) == 1 and (len(owned[0]) + 1) * len(edits[0].heads) <= len(owned[0]) * call.q.shape[1]
     heads = edits[0].heads if few else None
     some = call if heads is None else of_heads(call, heads)
     n_q, n_k, sinks = call.q.shape[2], call.seen.keys, some.sinks
+    if since >= n_q:
+        return unedited(call).transpose(1, 2).contiguous()
+    if len(edits) == 1 and (p := call.attention_of(edits[0].heads)) is not None:
+        return _on_attention(call, edits[0], p, segments(0, n_q), operands(edits[0], 0, n_q))
     k, v = some.k[:, :, :n_k], some.v[:, :, :n_k]  # what is behind are unwritten slots of a static cache
     everywhere = len(edits[0].heads) == some.q.shape[1]
     if _ones_suit(some, masks := [_rows_of(s, heads) for s in segments(0, 1)]):
-        given = [on_heads(e, operands(e, 0, n_q), everywhere) for e in edits]
-        out = _in_two_passes(some, masks, owned, given)
+        since = 0 if heads is not None else since
+        given = [(on_heads(e, operands(e, since, n_q), everywhere), e.method.conserves) for e in edits]
+        out = _in_two_passes(some, masks, owned, given, since)
         return _among(call, heads, out).transpose(1, 2).contiguous()
     blocks, start = [], 0
     while start < n_q:
@@ -65,7 +77,7 @@ def by_cells(call: Call, edits: tuple[Edit, ...], segments: Segments, owned: Own
         outputs, lses = [o for o, _ in pairs], [lse for _, lse in pairs]
         given = [on_heads(e, operands(e, start, stop), everywhere) for e in edits]
         if len(edits) == 1 and sinks is None:
-            blocks.append(_reshared(outputs, torch.stack(lses), given[0]))
+            blocks.append(_reshared(outputs, torch.stack(lses), given[0], edits[0].method.conserves))
         else:
             if sinks is not None:  # a key of value zero, in no segment
                 outputs.append(torch.zeros_like(outputs[0]))
@@ -81,17 +93,40 @@ def _among(call: Call, heads: Tensor | None, out: Tensor) -> Tensor:
     """Outputs of some heads among those of the ordinary kernel; of all where `heads` is None."""
     if heads is None:
         return out
-    every = unedited(call)
+    n = call.seen.keys
+    plain = biased_keys_suit(call)
+    every = _attend(call.q, call.k[:, :, :n], call.v[:, :, :n], call.scale) if plain else unedited(call)
     return every.index_copy(1, heads, out) if torch.is_grad_enabled() else every.index_copy_(1, heads, out)
 
 
-def _reshared(outputs: list[Tensor], lses: Tensor, reshare: Callable[[Tensor], Tensor]) -> Tensor:
+def _on_attention(call: Call, edit: Edit, p: Tensor, masks: list[Tensor], operands: dict[str, Any]) -> Tensor:
+    """[b, q, H, d] from the attention `p` of the edit's heads, [b, h, q, n]."""
+    masks = [_rows_of(mask, edit.heads)[..., : p.shape[-1]] for mask in masks]
+    v = of_heads(call, edit.heads).v[:, :, : p.shape[-1]]
+    out = torch.matmul(edit_attention(p, [(edit, masks, operands)]).to(v.dtype), v)
+    return _among(call, edit.heads if len(edit.heads) < call.q.shape[1] else None, out).transpose(1, 2).contiguous()
+
+
+def spares_queries(call: Call) -> bool:
+    """Whether it is worth asking the device which queries of a prompt are edited at all."""
+    return call.q.is_cuda and not is_small(call)
+
+
+def is_small(call: Call) -> bool:
+    """Whether the host takes longer to launch this call's work than a GPU to do it."""
+    b, heads, n_q = call.q.shape[:3]
+    return call.q.is_cuda and b * heads * n_q * call.seen.keys <= SMALL
+
+
+def _reshared(
+    outputs: list[Tensor], lses: Tensor, reshare: Callable[[Tensor], Tensor], conserves: bool = False
+) -> Tensor:
     """Cells merged with the shares that a single edit gives them: what :func:`headpatch.segments.merge` does, with fewer calls.
 
     `lses` is [C, b, H, q], the cells in the order in which the edit's method gets its shares.
     """
     lses = lses.masked_fill(torch.isneginf(lses).all(0), 0.0)  # rows that see no key
-    shares = new_shares(torch.softmax(lses, 0), reshare).unsqueeze(-1)
+    shares = new_shares(torch.softmax(lses, 0), reshare, conserves).unsqueeze(-1)
     merged = outputs[0] * shares[0]  # mixed dtypes are cast inside the kernels
     for o, share in zip(outputs[1:], shares[1:], strict=True):
         merged = torch.addcmul(merged, o, share)
@@ -104,14 +139,15 @@ def _ones_suit(call: Call, masks: list[Tensor]) -> bool:
     return alike and len(masks) <= SEGMENTS and 2 ** len(masks) <= call.v.shape[-1] and biased_keys_suit(call)
 
 
-def _in_two_passes(call: Call, masks: list[Tensor], owned: Owned, given: list[Callable[[Tensor], Tensor]]) -> Tensor:
-    """[b, H, q, d] under edits of segments for which :func:`_ones_suit` holds.
+def _in_two_passes(
+    call: Call, masks: list[Tensor], owned: Owned, given: list[tuple[Callable[[Tensor], Tensor], bool]], since: int = 0
+) -> Tensor:
+    """[b, H, q, d] under edits of segments for which :func:`_ones_suit` holds, none of which acts on queries before `since`.
 
     The first pass is for the cells' shares: they are what ones add up to that stand for a cell's keys in place of values. The second
     has the logarithms of each row's weights in head dimensions of their own, so that nothing is left to be merged.
     """
     n, width, dtype = call.seen.keys, call.q.shape[-1], score_dtype(call.q)
-    tiny = torch.finfo(dtype).tiny  # stands for a weight of zero, whose logarithm no kernel takes
     inside: list[tuple[int, ...]] = []
     if len(given) > 1:
         inside, members = (list(x) for x in zip(*cells(masks), strict=True))
@@ -120,28 +156,44 @@ def _in_two_passes(call: Call, masks: list[Tensor], owned: Owned, given: list[Ca
         members.append(~members[0] if len(members) == 1 else torch.ones_like(members[0]))  # the rest: in none of them
     count = len(members)
     # A key that lies in two segments of one edit belongs to the first.
-    one_only = len(given) == 1 and count == 2
-    of_key = members[1] if one_only else torch.stack(torch.broadcast_tensors(*members)).to(torch.uint8).argmax(0)
+    if len(given) == 1 and count == 2:
+        of_key = members[1].long()
+    else:
+        of_key = torch.stack(torch.broadcast_tensors(*members)).view(torch.uint8).argmax(0)
     of_key = of_key[..., :n].transpose(-1, -2)
     parts = numbers_for(call.q.dtype)
     more = count * parts + -(width + count * parts) % 8  # kernels like aligned heads
-    k, v, zero = call.k[:, :, :n], call.v[:, :, :n], call.q.new_zeros(())
-    # Kernels like values that lie one after the other.
-    ones = (of_key == torch.arange(width, device=of_key.device)).to(v.dtype).expand_as(v).contiguous()
+    q, k, v = call.q[:, :, since:], call.k[:, :, :n], call.v[:, :, :n]
+    # Kernels like values that lie one after the other. What is behind the ones serves as zeros.
+    ones = torch.zeros_like(v, memory_format=torch.contiguous_format)
+    ones.scatter_(-1, of_key.expand(*v.shape[:3], 1), 1.0)
+    flags, blank = ones[..., :count], _columns(ones[..., count:], more)
 
-    masses = _attend(call.q, k, ones, call.scale)[..., :count].to(dtype).movedim(-1, 0)
+    masses = _attend(q, k, ones, call.scale)[..., :count].to(dtype).movedim(-1, 0)
     before = masses / masses.sum(0)
-    flags = (of_key == torch.arange(more, device=of_key.device) % count).to(k.dtype)
-    k, v = _wider(k, flags, more), _wider(v, zero, more)
+    least = math.log(torch.finfo(dtype).tiny) / call.scale  # stands for the logarithm of zero, which no kernel takes
     if len(given) == 1:
-        log_w = (new_shares(before, given[0]) / before.clamp_min(tiny)).clamp_min(tiny).log()
+        ratio = new_shares(before, *given[0]) / before
+        log_w = torch.xlogy(1 / call.scale, ratio).nan_to_num_(0.0, 0.0, least)
     else:
-        log_w = cell_log_weights(list(before.log()), inside, list(zip(owned, given, strict=True)))
+        edits = [(of_edit, reshare) for of_edit, (reshare, _) in zip(owned, given, strict=True)]
+        log_w = cell_log_weights(list(before.log()), inside, edits)
         log_w = log_w.masked_fill(torch.isneginf(log_w + before.log()).all(0), 0.0)  # such a row stays as it is
-        log_w = log_w.clamp_min(math.log(tiny))
-    found = in_numbers((log_w / call.scale).movedim(0, -1), call.q.dtype)
-    pad = zero.expand(*call.q.shape[:-1], more - count * parts)
-    return _attend(torch.cat([call.q, *found, pad], -1), k, v, call.scale)[..., :width]
+        log_w = (log_w / call.scale).clamp_min(least)
+    found = in_numbers(log_w.movedim(0, -1), q.dtype)
+    rest = more - count * parts
+    q = torch.cat([q, *found, q[..., :1].expand(*q.shape[:-1], rest)], -1)  # the last columns meet zeros
+    k, v = torch.cat([k, *[flags] * parts, blank[..., :rest]], -1), torch.cat([v, blank], -1)
+    out = _attend(q, k, v, call.scale)[..., :width]
+    if not since:
+        return out
+    before_it = _attend(call.q[:, :, :since], call.k[:, :, :since], call.v[:, :, :since], call.scale)
+    return torch.cat([before_it, out], 2)
+
+
+def _columns(x: Tensor, count: int) -> Tensor:
+    """The first `count` columns of zeros `x`, or as many others."""
+    return x[..., :count] if x.shape[-1] >= count else x.new_zeros(()).expand(*x.shape[:-1], count)
 
 
 def biased_keys_suit(call: Call) -> bool:
@@ -162,7 +214,9 @@ def biased_keys_suit(call: Call) -> bool:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The ordinary kernel, for all queries of a causal prompt or for one that sees every key."""
+    """The ordinary kernel, for all queries of a causal prompt, the last of them, or for one that sees every key."""
+    if 1 < q.shape[2] < k.shape[2]:
+        return attend_last(q, k, v, scale)[0]
     groups = q.shape[1] // k.shape[1]
     # CUDA's kernel for it knows no groups; what is left stores all scores.
     if groups > 1 and q.is_cuda and q.dtype == torch.float32:
@@ -177,8 +231,13 @@ def _wider(x: Tensor, columns: Tensor, more: int) -> Tensor:
     return torch.cat([x, columns.expand(*x.shape[:-1], more)], -1)
 
 
-def by_key_bias(call: Call, heads: Tensor, columns: Tensor, keys: Tensor) -> Tensor:
-    """Attention with constant weights of these heads on some keys, where :func:`biased_keys_suit` holds.
+def few_suit(call: Call, heads: Tensor) -> bool:
+    """Whether :func:`by_key_bias` does better by these heads alone, beside the ordinary kernel for all, than by all heads."""
+    return 2 * len(heads) <= call.q.shape[1] and not is_small(call)
+
+
+def by_key_bias(call: Call, heads: Tensor | None, columns: Tensor, keys: Tensor) -> Tensor:
+    """Attention with constant weights of these heads (None: all) on some keys, where :func:`biased_keys_suit` holds.
 
     One pass of the ordinary kernel over queries and keys that are some numbers wider, instead of a masked one for each cell.
 
@@ -189,15 +248,13 @@ def by_key_bias(call: Call, heads: Tensor, columns: Tensor, keys: Tensor) -> Ten
     keys
         [b or 1, 1, n, 1], ones and zeros in the keys' dtype.
     """
-    few, width, n, more = 2 * len(heads) <= call.q.shape[1], call.q.shape[-1], call.seen.keys, columns.shape[1]
-    some = of_heads(call, heads) if few else call
-    if len(heads) < some.q.shape[1]:
-        columns = columns.new_zeros(some.q.shape[1], more).index_copy(0, heads, columns)
+    some = call if heads is None else of_heads(call, heads)
+    width, n, more = call.q.shape[-1], call.seen.keys, columns.shape[1]
     q, k, v = some.q, some.k[:, :, :n], some.v[:, :, :n]
     q, k = _wider(q, columns[:, None], more), _wider(k, keys[:, :, :n], more)
     # What comes of v's additions is cut off.
     out = _attend(q, k, _wider(v, v[..., :1], more), call.scale)[..., :width]
-    return _among(call, heads if few else None, out).transpose(1, 2).contiguous()
+    return _among(call, heads, out).transpose(1, 2).contiguous()
 
 
 def _rows_of(mask: Any, heads: Tensor | None) -> Any:

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from headpatch.segments import log_sum_exp
 
-__all__ = ["attend", "attend_tiled", "flash_for_cpu", "queries_at_once", "repeat_kv", "score_dtype", "source"]
+__all__ = ["attend", "attend_last", "attend_tiled", "flash_for_cpu", "products", "queries_at_once", "repeat_kv", "score_dtype",
+           "source"]  # fmt: skip
 
 # torch's own bindings, where there are any: a third of what a call through torch.ops costs the host.
 _flash = getattr(torch, "_scaled_dot_product_flash_attention", torch.ops.aten._scaled_dot_product_flash_attention)
@@ -54,6 +55,15 @@ def repeat_kv(x: Tensor, groups: int) -> Tensor:
         return x
     b, kv, n, d = x.shape
     return x[:, :, None].expand(b, kv, groups, n, d).reshape(b, kv * groups, n, d)
+
+
+def products(q: Tensor, k: Tensor) -> Tensor:
+    """[b, H, q, n] in at least fp32, of q [b, H, q, d] and k [b, H, n, d]; on a GPU without copies of either."""
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        flat = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32)
+        return flat.unflatten(0, q.shape[:2])
+    wide = score_dtype(q)
+    return torch.matmul(q.to(wide), k.to(wide).transpose(2, 3))
 
 
 def queries_at_once(q: Tensor, least: int, numbers: int) -> int:
@@ -123,6 +133,22 @@ def attend(
     else:
         o, lse = _efficient(q, k, v, bias, causal, scale)
     return o, lse if bias is None else _blind(lse, q.dtype)
+
+
+def attend_last(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None = None) -> tuple[Tensor, Tensor]:
+    """:func:`attend` where the queries are the last of the keys' tokens: causal, without a mask."""
+    past = k.shape[2] - q.shape[2]
+    if past and source(q, k, v, None, softcap) in ("cuda_cudnn", "cuda_flash"):
+        # This kernel aligns causality at the last query, whatever SDPA makes of that.
+        flash = torch.ops.aten._scaled_dot_product_flash_attention if torch.compiler.is_compiling() else _flash
+        out = flash(q, k, v, 0.0, True, False, scale=scale)
+        return out[0], out[1]
+    o, lse = attend(q, k[:, :, past:], v[:, :, past:], causal=True, scale=scale, softcap=softcap)
+    if not past:
+        return o, lse
+    before, its_lse = attend(q, k[:, :, :past], v[:, :, :past], scale=scale, softcap=softcap)
+    share = torch.sigmoid(its_lse - lse).unsqueeze(-1)
+    return torch.lerp(o.to(share.dtype), before.to(share.dtype), share).to(o.dtype), torch.logaddexp(lse, its_lse)
 
 
 def _hidden(dtype: torch.dtype) -> float:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from headpatch.adapters.huggingface.lse import attend, attend_tiled, flash_for_cpu, score_dtype
+from headpatch.adapters.huggingface.lse import attend, attend_last, attend_tiled, flash_for_cpu, score_dtype
 from headpatch.adapters.huggingface.masks import Visible
 from headpatch.kernels.first_token import merge_first_token
 from headpatch.kernels.step import can_merge_step, merge_step
@@ -70,6 +70,16 @@ class Call:
     ranges: list[tuple[int, int]] | None = None
     """Each row's tokens, where padding is all that `seen` holds beside causality."""
     _of_heads: list[tuple[Tensor, Call]] = field(init=False, repr=False, default_factory=list)
+    _attention: list[Tensor] = field(init=False, repr=False, default_factory=list)
+
+    def keep_attention(self, p: Tensor) -> None:
+        """Say what the attention of this call is, [b, H, q, n], for whoever works on it next."""
+        self._attention[:] = [p]
+
+    def attention_of(self, heads: Tensor) -> Tensor | None:
+        """[b, h, q, n] attention of these heads, if somebody has said what it is."""
+        found = [some for known, some in self._of_heads if known is heads]
+        return found[0]._attention[0] if found and found[0]._attention else None
 
     @property
     def groups(self) -> int:
@@ -83,14 +93,8 @@ class Call:
         return attend(q, k, v, mask=mask, causal=causal, scale=self.scale, softcap=self.softcap)
 
     def attend_tail(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(o, L) where the queries are the last of the keys' tokens: no mask, but two passes merged by their log-sum-exps."""
-        past = k.shape[2] - q.shape[2]
-        o, lse = self.attend(q, k[:, :, past:], v[:, :, past:], None, causal=True)
-        if not past:
-            return o, lse
-        before, its_lse = self.attend(q, k[:, :, :past], v[:, :, :past], None)
-        share = torch.sigmoid(its_lse - lse).unsqueeze(-1)
-        return torch.lerp(o.to(share.dtype), before.to(share.dtype), share).to(o.dtype), torch.logaddexp(lse, its_lse)
+        """(o, L) where the queries are the last of the keys' tokens."""
+        return attend_last(q, k, v, self.scale, self.softcap)
 
 
 def of_heads(call: Call, heads: Tensor) -> Call:
@@ -100,9 +104,8 @@ def of_heads(call: Call, heads: Tensor) -> Call:
             return found
     kv = heads if call.groups == 1 else heads // call.groups
     sinks = None if call.sinks is None else call.sinks.index_select(0, heads)
-    found = replace(
-        call, q=call.q.index_select(1, heads), k=call.k.index_select(1, kv), v=call.v.index_select(1, kv), sinks=sinks
-    )
+    q, k, v = call.q.index_select(1, heads), call.k.index_select(1, kv), call.v.index_select(1, kv)
+    found = Call(q, k, v, call.seen, call.scale, call.softcap, sinks, call.first, call.ranges)
     call._of_heads.append((heads, found))
     return found
 

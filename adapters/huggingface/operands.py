@@ -74,7 +74,7 @@ class OperandServer(SegmentKeys):
     def weights(self, queries: Sequence[int]) -> Tensor:
         """[b, H, queries, n] attention of single queries of this call (negative: from its end), as the layer's edits leave it."""
         n_q, plan = self.call.q.shape[2], self.state.plan
-        edits = plan.family("mass", "scores") if self.edited and plan is not None else ()
+        edits = plan.attention if self.edited and plan is not None else ()
         masks, owned = (
             (self.segment_masks(plan.segments), plan.owned) if edits and plan else (lambda start, stop: [], ())
         )

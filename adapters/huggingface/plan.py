@@ -78,8 +78,9 @@ class LayerPlan:
 
     Attributes
     ----------
-    edits
-        In the order they act: mass and scores, then output; inside each, recipe order, then handle order.
+    edits, attention
+        In the order they act: mass and scores, then output; inside each, recipe order, then handle order. Of these, the mass and
+        scores edits.
     first_weight
         [H] product of all constant first-token weights, where nothing else touches this layer's masses: then one closed form
         does it all. None otherwise.
@@ -110,6 +111,7 @@ class LayerPlan:
 
     num_heads: int
     edits: tuple[Edit, ...] = ()
+    attention: tuple[Edit, ...] = ()
     first_weight: Tensor | None = None
     scale: Tensor | None = None
     trainable: bool = False
@@ -132,24 +134,24 @@ class LayerPlan:
         """Put `edits` (recipe order, then handle order) into acting order and take closed forms where there are any."""
         rank = {family: i for i, families in enumerate(ORDER) for family in families}
         ordered = tuple(sorted(edits, key=lambda e: rank[e.method.family]))
+        attention = tuple(e for e in ordered if e.method.family in ("mass", "scores"))
         plan = cls(
-            num_heads, ordered, trainable=any(e.strength.requires_grad for e in ordered),
-            needs=frozenset(name for e in ordered for name in e.method.operands()),
-            edits_masses=any(e.method.family in ("mass", "scores") for e in ordered),
+            num_heads, ordered, attention, trainable=any(e.strength.requires_grad for e in ordered),
+            needs=frozenset(name for e in ordered for name in e.method.operands()), edits_masses=bool(attention),
             simple=all(getattr(e.method, "is_constant", False) and not e.method.operands() for e in ordered),
             restrictions=frozenset(rows_key(e.handle) for e in ordered),
         )  # fmt: skip
         stops = [e.method.span[1] if isinstance(e.method, OutputMethod) else None for e in ordered]
         plan.until = max(stops) if stops and None not in stops else None  # type: ignore[type-var]
-        named = [e.method.segments() for e in plan.family("mass", "scores")]
-        for edit in plan.family("mass", "scores"):
+        named = [e.method.segments() for e in plan.attention]
+        for edit in plan.attention:
             edit.prepare(num_heads)
         plan.segments = tuple(dict.fromkeys(s for of_edit in named for s in of_edit))
         plan.owned = tuple(tuple(plan.segments.index(s) for s in of_edit) for of_edit in named)
         if not plan.trainable:
             plan.first_weight, plan.scale = plan.constants()
             plan.gentle = plan.first_weight is not None and float(plan.first_weight.min()) >= GENTLE
-            plan.log_weights = _log_weights(plan.family("mass", "scores"))
+            plan.log_weights = _log_weights(plan.attention)
             plan.closed = plan.first_weight is not None and (plan.scale is not None or not plan.family("output"))
         return plan
 
@@ -165,8 +167,7 @@ class LayerPlan:
     def first_only(self) -> bool:
         """Whether all mass edits are constant weights on the first token."""
         return all(
-            isinstance(e.method, MassMethod) and e.method.is_constant and _is_first(e.method)
-            for e in self.family("mass", "scores")
+            isinstance(e.method, MassMethod) and e.method.is_constant and _is_first(e.method) for e in self.attention
         )
 
     def first_bias(self, keys: int, weight: Tensor) -> Tensor:
@@ -178,21 +179,27 @@ class LayerPlan:
             self.bias[0, :, 0, 0] = weight.log().clamp_min(torch.finfo(weight.dtype).min)
         return self.bias[..., :keys]
 
-    def bias_columns(self, q: Tensor, scale: float) -> Tensor:
-        """[h, e] numbers that make of ones in a key `log_weights` on its score, in as many head dimensions as kernels like."""
-        key = (q.dtype, q.device, q.shape[-1], scale)
+    def bias_columns(self, q: Tensor, scale: float, everywhere: bool) -> Tensor:
+        """[h, e] numbers that make of ones in a key `log_weights` on its score, in as many head dimensions as kernels like.
+
+        `everywhere`: [H, e], of all heads, zeros where there is no edit.
+        """
+        key = (q.dtype, q.device, q.shape[-1], scale, everywhere)
         if key in self.columns and not torch.compiler.is_compiling():
             return self.columns[key]
         assert self.log_weights is not None
         found = in_numbers(self.log_weights.to(q.device) / scale, q.dtype)
         made = torch.nn.functional.pad(torch.cat(found, 1), (0, -(q.shape[-1] + len(found)) % 8))
+        if everywhere:
+            heads = self.attention[0].heads
+            made = made.new_zeros(self.num_heads, made.shape[1]).index_copy(0, heads, made)
         if not torch.compiler.is_compiling():
             self.columns[key] = made
         return made
 
     def constants(self) -> tuple[Tensor | None, Tensor | None]:
         """(first_weight, scale) from the strengths as they are now, differentiable."""
-        mass, output = self.family("mass", "scores"), self.family("output")
+        mass, output = self.attention, self.family("output")
         weight = scale = None
         if mass and self.first_only:
             weight = _product(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headpatch.adapters.huggingface.cells import OperandsAt, Owned, Segments
-from headpatch.adapters.huggingface.lse import repeat_kv, score_dtype
+from headpatch.adapters.huggingface.lse import products, repeat_kv, score_dtype
 from headpatch.adapters.huggingface.mass import Call, blocks_of, unedited
 from headpatch.adapters.huggingface.plan import Edit
 from headpatch.methods.base import ScoresMethod
@@ -18,7 +18,7 @@ from headpatch.scores import attention_of, edit_attention, edit_scores
 if TYPE_CHECKING:
     from headpatch.adapters.huggingface.operands import OperandServer
 
-__all__ = ["explicit", "first_edited"]
+__all__ = ["explicit", "first_acted_on", "first_edited"]
 
 
 def explicit(
@@ -70,12 +70,12 @@ def explicit(
 def _dot(q: Tensor, k: Tensor) -> Tensor:
     """[b, H, 1, n] in at least fp32, of q [b, H, 1, d] and k [b, K, n, d]."""
     b, heads, _, d = q.shape
-    grouped = q.reshape(b * k.shape[1], -1, d)
+    grouped = q.reshape(b, k.shape[1], -1, d)
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        scores = torch.bmm(grouped, k.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32)
+        scores = products(grouped, k)
     else:  # fused with the reading of the keys
         wide = score_dtype(q)
-        scores = (grouped.to(wide).unsqueeze(2) * k.to(wide).flatten(0, 1).unsqueeze(1)).sum(-1)
+        scores = (grouped.to(wide).unsqueeze(3) * k.to(wide).unsqueeze(2)).sum(-1)
     return scores.reshape(b, heads, 1, -1)
 
 
@@ -83,6 +83,25 @@ def _sum(p: Tensor, v: Tensor) -> Tensor:
     """[b, H, 1, d] of p [b, H, 1, n] and v [b, K, n, d]."""
     b, heads, _, n = p.shape
     return torch.matmul(p.reshape(b, v.shape[1], -1, n).to(v.dtype), v).reshape(b, heads, 1, -1)
+
+
+def first_acted_on(server: OperandServer, edits: tuple[Edit, ...]) -> int:
+    """The first query of a call that any of these mass edits can change, in any row, as far as their methods say.
+
+    Waits for the device once in a prompt's call, and never in a step.
+    """
+    rows, n_q = server.known_rows(), server.call.q.shape[2]
+    if n_q == 1 or torch.compiler.is_compiling() or rows.begins_at() > 0:
+        return 0
+    starts = []
+    for method in (e.method for e in edits):
+        if method not in rows.acted_on:
+            where = method.acts_on({name: server.get(name) for name in method.needs})
+            if where is not None:
+                begins = torch.nn.functional.pad(where, (0, 1), value=True).to(torch.uint8).argmax(1)
+            rows.acted_on[method] = 0 if where is None else int(begins.min())
+        starts.append(rows.acted_on[method])
+    return min(starts)
 
 
 def first_edited(server: OperandServer, edits: tuple[Edit, ...]) -> int:

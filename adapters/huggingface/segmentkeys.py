@@ -22,6 +22,12 @@ OF_THE_CALL = frozenset({"spans", "beside_spans", "image_tokens", "vision_salien
 """Segments that are the same in all layers of a call."""
 
 
+def _depends_on(segment: Segment) -> tuple[bool, bool]:
+    """Whether a segment is the same in all layers of a call, and whether it depends on where rows begin."""
+    kinds = [s.kind for s in (segment, *segment.minus)]
+    return all(kind in OF_THE_CALL for kind in kinds if kind != "first_token"), "first_token" in kinds
+
+
 class SegmentKeys(CallStatistics):
     """Segments of one attention call of one layer, and state of its request."""
 
@@ -124,8 +130,7 @@ class SegmentKeys(CallStatistics):
     def _call_key(self, segment: Segment) -> tuple[Any, ...] | None:
         """All that a segment's keys depend on, where the layer is not among it; else None."""
         call, offset = self.call, self._offset()
-        firsts = segment.kind == "first_token" or any(s.kind == "first_token" for s in segment.minus)
-        alike = all(s.kind in OF_THE_CALL for s in (segment, *segment.minus) if s.kind != "first_token")
+        alike, firsts = _depends_on(segment)
         if not alike or not isinstance(offset, int) or (firsts and call.first.index is not None):
             return None
         return segment, self.state.part, offset, call.q.shape[0], call.k.shape[2], call.q.device
@@ -180,7 +185,7 @@ class SegmentKeys(CallStatistics):
     def _column_sinks(self, segment: Segment) -> Tensor:
         """[b, H, n] keys with a high mean attention in the heads whose edits name the segment; none in the others."""
         options: dict[str, Any] = {"per_length": False, "min_queries": 1, **dict(segment.options)}
-        edits = self.state.plan.family("mass", "scores") if self.state.plan else ()
+        edits = self.state.plan.attention if self.state.plan else ()
         naming = [e.heads for e in edits if any(s.mentions(segment) for s in e.method.segments())]
         if len(naming) == 1:
             heads = naming[0]
@@ -205,10 +210,13 @@ class SegmentKeys(CallStatistics):
         x = self._layer_input()
         dtype, norm = score_dtype(x), torch.linalg.vector_norm
         places = self._once("dims", lambda: torch.tensor(dims, device=x.device), dims)
-        # Squares on both sides, and no copy of the stream in another dtype.
-        peak = norm(x.index_select(-1, places), math.inf, -1, dtype=dtype).square()
-        least = norm(x, 2, -1, dtype=dtype).square() * (threshold**2 / x.shape[-1]) + threshold**2 * 1e-6
-        return (peak >= least) & self._real_queries()
+        floor = self._once("floor", lambda: torch.full((), threshold * 1e-3, dtype=dtype, device=x.device), threshold)
+        # No copy of the stream in another dtype, and few calls.
+        peak = norm(x.index_select(-1, places), math.inf, -1, dtype=dtype)
+        least = torch.hypot(norm(x, 2, -1, dtype=dtype) * (threshold / x.shape[-1] ** 0.5), floor)
+        found = peak >= least
+        rows = self.known_rows()
+        return found if rows.real is None and rows.first is None else found & self._real_queries()
 
     def _offset(self) -> Any:
         """Column of this layer's key 0."""

@@ -231,7 +231,7 @@ def _reference(plan: LayerPlan, policy: Policy | None, server: OperandServer) ->
         heads = [kv * groups + g for kv in policy.streaming for g in range(groups)]
         scores[:, heads] = scores[:, heads].masked_fill(dropped, -math.inf)
     masks = server.segment_masks(plan.segments)(0, n_q) if plan.segments else []
-    for edit, owned in zip(plan.family("mass", "scores"), plan.owned, strict=True):
+    for edit, owned in zip(plan.attention, plan.owned, strict=True):
         given = server.operands_of(edit, 0, n_q)
         inside = [masks[i].expand_as(scores)[:, edit.heads] for i in owned]
         chosen, strength = scores[:, edit.heads], edit.strength.detach().double()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headpatch.adapters.huggingface.cells import biased_keys_suit
-from headpatch.adapters.huggingface.lse import attend, queries_at_once, repeat_kv, score_dtype
+from headpatch.adapters.huggingface.lse import attend, products, queries_at_once, repeat_kv, score_dtype
 from headpatch.adapters.huggingface.mass import of_heads
 from headpatch.errors import EngineError
 
@@ -131,20 +131,24 @@ class CallStatistics:
 
         return self._once("seen by", count, within, self.call.k.shape[2])
 
-    def _causal_sums(self, heads: Tensor, asked: Tensor) -> Tensor:
+    def _causal_sums(self, heads: Tensor, asked: Tensor, within: bool) -> Tensor:
         """:meth:`column_sums` of some heads of a causal prompt, in few and large blocks: each costs its launches."""
-        some, n_q = of_heads(self.call, heads), self.call.q.shape[2]
-        dtype = score_dtype(some.q)
-        q, k = some.q.to(dtype) * self.call.scale, some.k[:, :, :n_q].to(dtype).transpose(2, 3)
-        counted = asked.to(dtype)[:, None, None]
-        total = q.new_zeros(*q.shape[:2], 1, self.call.k.shape[2])
+        some, n_q, n_k = of_heads(self.call, heads), self.call.q.shape[2], self.call.k.shape[2]
+        q, k, scale, dtype = some.q, some.k[:, :, :n_q], self.call.scale, score_dtype(some.q)
+        counted = self._once("counted", lambda: asked.to(dtype)[:, None, None], dtype, within)
         least = BLOCK * max(1, min(4, 8 // len(heads)))
         size = min(n_q, queries_at_once(q, least, q.shape[0] * q.shape[1] * n_q))
-        hidden = self._once("hidden", lambda: q.new_full((size, size), -math.inf).triu(1), size, dtype)
+        hidden = self._once("hidden", lambda: q.new_full((size, size), -math.inf, dtype=dtype).triu(1), size, dtype)
+        if size == n_q:
+            p = torch.softmax(torch.add(hidden, products(q, k), alpha=scale), -1)
+            some.keep_attention(p)
+            sums = torch.matmul(counted, p)[:, :, 0]
+            return sums if n_k == n_q else nn.functional.pad(sums, (0, n_k - n_q))
+        total = q.new_zeros(*q.shape[:2], 1, n_k, dtype=dtype)
         for start in range(0, n_q, size):
             stop = min(n_q, start + size)
             # Queries see nothing behind themselves: half of the work on average.
-            scores = torch.matmul(q[:, :, start:stop], k[..., :stop])
+            scores = products(q[:, :, start:stop], k[:, :, :stop]).mul_(scale)
             scores[..., start:].add_(hidden[: stop - start, : stop - start])
             total[..., :stop].add_(torch.matmul(counted[..., start:stop], torch.softmax(scores, -1)))
         return total[:, :, 0]
@@ -168,7 +172,7 @@ class CallStatistics:
         asked = self._counted(until)
         causal = self.call.seen.kind == "causal"
         if causal and heads is not None and biased_keys_suit(self.call):
-            return self._causal_sums(heads, asked), self._seen_by(asked, until is not None)
+            return self._causal_sums(heads, asked, until is not None), self._seen_by(asked, until is not None)
         total, count = self.call.q.new_zeros(()), torch.zeros((), dtype=torch.long, device=self.call.q.device)
         if causal:
             count = self._seen_by(asked, until is not None)

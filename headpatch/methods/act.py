@@ -58,6 +58,7 @@ class AttentionCalibration(MassMethod):
     min_queries: int = param(1, ge=1, le=1024, help="keys that fewer queries of the prompt see are never sinks")
 
     name: ClassVar[str] = "act"
+    conserves: ClassVar[bool] = True
 
     @property
     def scope(self) -> str:

@@ -199,15 +199,26 @@ class MassMethod(Method):
     Inside a segment, and inside the rest, proportions stay. A subclass whose result is a constant weight per (head, segment)
     sets ``constant = True`` and overrides :meth:`weights` alone: an adapter may then use its fused kernel. Otherwise it
     overrides :meth:`reshare`.
+
+    A subclass may set ``conserves = True`` where its :meth:`reshare` gives nothing to a segment without attention, and always keeps
+    the sum: an adapter then does without the work that sees to both.
     """
 
     family: ClassVar[str] = "mass"
     constant: ClassVar[bool] = False
+    conserves: ClassVar[bool] = False
 
     @property
     def is_constant(self) -> bool:
         """Whether the result is a constant weight per (head, segment), under these parameters."""
         return self.constant
+
+    def acts_on(self, operands: Operands) -> Tensor | None:
+        """[b, q] bool: queries of a whole prompt in one call that the method can change; None: any.
+
+        `operands` are those that the method's `needs` names. An adapter may spare the others the work, and need not.
+        """
+        return None
 
     def weights(self, strength: Tensor) -> Tensor:
         """Constant weights [h, S] >= 0 that multiply each segment's attention before one normalisation; strength is [h]."""

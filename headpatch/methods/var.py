@@ -65,6 +65,7 @@ class VisualAttentionRedistribution(MassMethod):
     require_visual_sink: bool = param(True, help="leave rows alone that see no sink in the image")
 
     name: ClassVar[str] = "var"
+    conserves: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("image_queries",)
 
     def __post_init__(self) -> None:
@@ -90,10 +91,16 @@ class VisualAttentionRedistribution(MassMethod):
 
         content, visual, text, rest = shares
         image = content + visual
-        gate = (image >= self.min_visual_mass) & (content >= self.min_nonsink_ratio * image) & (content > 0)
-        gate = gate & ~operands["image_queries"][:, None]
+        gate = (image >= self.min_visual_mass) & (content >= self.min_nonsink_ratio * image)
+        if not (self.min_visual_mass and self.min_nonsink_ratio):  # which leave none without content
+            gate = gate & (content > 0)
+        gate = gate > operands["image_queries"][:, None]  # (of two booleans: the first without the second)
         if self.require_visual_sink:
             gate = gate & (visual > 0)
         moved = gate * strength[:, None]
         kept = 1 - moved
         return torch.stack([torch.addcmul(content, moved, visual + text), kept * visual, kept * text, rest])
+
+    def acts_on(self, operands: Operands) -> Tensor:
+        image = operands["image_queries"]
+        return (image.cumsum(1) > 0) & ~image
