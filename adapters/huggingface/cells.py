@@ -20,6 +20,7 @@ from torch import Tensor
 from headpatch.adapters.huggingface.lse import attend_last, repeat_kv, score_dtype
 from headpatch.adapters.huggingface.mass import BLOCK, Call, of_heads, unedited
 from headpatch.adapters.huggingface.plan import Edit
+from headpatch.methods.base import MassMethod
 from headpatch.scores import edit_attention, on_heads
 from headpatch.segments import cell_log_weights, cells, in_numbers, merge, new_shares, numbers_for, partition
 
@@ -57,10 +58,11 @@ def by_cells(
         return _on_attention(call, edits[0], p, segments(0, n_q), operands(edits[0], 0, n_q))
     k, v = some.k[:, :, :n_k], some.v[:, :, :n_k]  # what is behind are unwritten slots of a static cache
     everywhere = len(edits[0].heads) == some.q.shape[1]
+    conserves = len(edits) == 1 and isinstance(edits[0].method, MassMethod) and edits[0].method.conserves
     if _ones_suit(some, masks := [_rows_of(s, heads) for s in segments(0, 1)]):
         since = 0 if heads is not None else since
-        given = [(on_heads(e, operands(e, since, n_q), everywhere), e.method.conserves) for e in edits]
-        out = _in_two_passes(some, masks, owned, given, since)
+        given = [on_heads(e, operands(e, since, n_q), everywhere) for e in edits]
+        out = _in_two_passes(some, masks, owned, given, conserves, since)
         return _among(call, heads, out).transpose(1, 2).contiguous()
     blocks, start = [], 0
     while start < n_q:
@@ -77,7 +79,7 @@ def by_cells(
         outputs, lses = [o for o, _ in pairs], [lse for _, lse in pairs]
         given = [on_heads(e, operands(e, start, stop), everywhere) for e in edits]
         if len(edits) == 1 and sinks is None:
-            blocks.append(_reshared(outputs, torch.stack(lses), given[0], edits[0].method.conserves))
+            blocks.append(_reshared(outputs, torch.stack(lses), given[0], conserves))
         else:
             if sinks is not None:  # a key of value zero, in no segment
                 outputs.append(torch.zeros_like(outputs[0]))
@@ -140,9 +142,11 @@ def _ones_suit(call: Call, masks: list[Tensor]) -> bool:
 
 
 def _in_two_passes(
-    call: Call, masks: list[Tensor], owned: Owned, given: list[tuple[Callable[[Tensor], Tensor], bool]], since: int = 0
+    call: Call, masks: list[Tensor], owned: Owned, given: list[Callable[[Tensor], Tensor]], conserves: bool, since: int
 ) -> Tensor:
     """[b, H, q, d] under edits of segments for which :func:`_ones_suit` holds, none of which acts on queries before `since`.
+
+    `conserves` is what a single edit's method says of itself.
 
     The first pass is for the cells' shares: they are what ones add up to that stand for a cell's keys in place of values. The second
     has the logarithms of each row's weights in head dimensions of their own, so that nothing is left to be merged.
@@ -173,11 +177,10 @@ def _in_two_passes(
     before = masses / masses.sum(0)
     least = math.log(torch.finfo(dtype).tiny) / call.scale  # stands for the logarithm of zero, which no kernel takes
     if len(given) == 1:
-        ratio = new_shares(before, *given[0]) / before
+        ratio = new_shares(before, given[0], conserves) / before
         log_w = torch.xlogy(1 / call.scale, ratio).nan_to_num_(0.0, 0.0, least)
     else:
-        edits = [(of_edit, reshare) for of_edit, (reshare, _) in zip(owned, given, strict=True)]
-        log_w = cell_log_weights(list(before.log()), inside, edits)
+        log_w = cell_log_weights(list(before.log()), inside, list(zip(owned, given, strict=True)))
         log_w = log_w.masked_fill(torch.isneginf(log_w + before.log()).all(0), 0.0)  # such a row stays as it is
         log_w = (log_w / call.scale).clamp_min(least)
     found = in_numbers(log_w.movedim(0, -1), q.dtype)

@@ -12,7 +12,7 @@ from headpatch.adapters.huggingface.cells import OperandsAt, Owned, Segments
 from headpatch.adapters.huggingface.lse import products, repeat_kv, score_dtype
 from headpatch.adapters.huggingface.mass import Call, blocks_of, unedited
 from headpatch.adapters.huggingface.plan import Edit
-from headpatch.methods.base import ScoresMethod
+from headpatch.methods.base import MassMethod, ScoresMethod
 from headpatch.scores import attention_of, edit_attention, edit_scores
 
 if TYPE_CHECKING:
@@ -96,7 +96,9 @@ def first_acted_on(server: OperandServer, edits: tuple[Edit, ...]) -> int:
     starts = []
     for method in (e.method for e in edits):
         if method not in rows.acted_on:
-            where = method.acts_on({name: server.get(name) for name in method.needs})
+            where = None
+            if isinstance(method, MassMethod):
+                where = method.acts_on({name: server.get(name) for name in method.needs})
             if where is not None:
                 begins = torch.nn.functional.pad(where, (0, 1), value=True).to(torch.uint8).argmax(1)
             rows.acted_on[method] = 0 if where is None else int(begins.min())
