@@ -90,11 +90,10 @@ class OperandServer(SegmentKeys):
 
     def operands_of(self, edit: Edit, start: int, stop: int, all_heads: Tensor | None = None) -> dict[str, Any]:
         """Everything that an edit's method asked for, for queries start..stop, its state, and ``heads``."""
-        method, alone = edit.method, set(edit.method.state_needs) - set(edit.method.needs)
-        asked = method.needs if method.segments() else [o for o in method.operands() if o not in alone]
-        given = self._asked(edit, asked, all_heads, start, stop)
+        method = edit.method
+        given = self._asked(edit, edit.asked, all_heads, start, stop)
         if method.state:
-            known = list(dict.fromkeys((*asked, *method.state_needs)))
+            known = list(dict.fromkeys((*edit.asked, *method.state_needs)))
             for name in method.state:
                 derived = self.frozen(
                     (*edit.key, name), lambda n=name: method.derive(self._asked(edit, known, all_heads))[n]

@@ -50,6 +50,9 @@ class Edit:
         Strength of every head [H], neutral where the edit names none, and which heads it names, bool [H, 1, 1]: compilers fuse what
         is done to all heads, and not what is done to some. None where the method needs numbers of single heads, or a strength is
         trained.
+    segments, asked
+        The method's segments, and the operands that it is given in every call beside those that its state is derived from; worked
+        out once, because every layer of a call asks.
     """
 
     method: Method
@@ -59,6 +62,14 @@ class Edit:
     arrays: dict[str, Tensor] = field(default_factory=dict)
     handle: int = 0
     dense: tuple[Tensor, Tensor] | None = None
+    segments: tuple[Segment, ...] = field(init=False, repr=False)
+    asked: tuple[str, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        method = self.method
+        self.segments = method.segments()
+        alone = set(method.state_needs) - set(method.needs)
+        self.asked = method.needs if self.segments else tuple(o for o in method.operands() if o not in alone)
 
     def prepare(self, num_heads: int) -> None:
         """Fill `dense` in, once the layer's number of heads is known."""
@@ -143,7 +154,7 @@ class LayerPlan:
         )  # fmt: skip
         stops = [e.method.span[1] if isinstance(e.method, OutputMethod) else None for e in ordered]
         plan.until = max(stops) if stops and None not in stops else None  # type: ignore[type-var]
-        named = [e.method.segments() for e in plan.attention]
+        named = [e.segments for e in plan.attention]
         for edit in plan.attention:
             edit.prepare(num_heads)
         plan.segments = tuple(dict.fromkeys(s for of_edit in named for s in of_edit))

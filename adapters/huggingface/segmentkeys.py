@@ -186,7 +186,7 @@ class SegmentKeys(CallStatistics):
         """[b, H, n] keys with a high mean attention in the heads whose edits name the segment; none in the others."""
         options: dict[str, Any] = {"per_length": False, "min_queries": 1, **dict(segment.options)}
         edits = self.state.plan.attention if self.state.plan else ()
-        naming = [e.heads for e in edits if any(s.mentions(segment) for s in e.method.segments())]
+        naming = [e.heads for e in edits if any(s.mentions(segment) for s in e.segments)]
         if len(naming) == 1:
             heads = naming[0]
         else:
