@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import platform
 import random
 import statistics
 import time
@@ -123,11 +124,15 @@ class Study:
             started = time.monotonic()
             self.known[name] = run()
             print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            scratch = self.file.with_suffix(".tmp")
-            scratch.write_text(json.dumps(self.known, indent=1) + "\n", "utf-8")
-            scratch.replace(self.file)
+            self.save()
         return self.known[name]
+
+    def save(self) -> None:
+        """Keep what is known; a file that is there stays whole."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = self.file.with_suffix(".tmp")
+        scratch.write_text(json.dumps(self.known, indent=1) + "\n", "utf-8")
+        scratch.replace(self.file)
 
     # --- which heads ------------------------------------------------------------------------------------------------------
 
@@ -227,9 +232,14 @@ class Study:
 
 def table(known: dict[str, Any]) -> list[str]:
     """What came out."""
-    found, before = known["find"], known["untouched"]
+    found, before, given = known["find"], known["untouched"], known["settings"]
     p = found["prompts"]
+    about = (
+        f"{given['model']}, float32, {known['device']}, torch {known['torch']}; {given['steps']} steps of {given['batch']} "
+        f"exercises, {given['exercises']} others to test on, {given['seeds']} seeds (mean, lowest to highest)"
+    )
     lines = [
+        about, "",
         f"{p['right']} of {p['all']} one-digit prompts are answered rightly; heads found on {p['patched']} of them: "
         + " ".join(found["heads"][: known["settings"]["heads"]]),
         "", "| heads silenced | found | random, mean (lowest) |", "| --- | --- | --- |",
@@ -300,6 +310,9 @@ def main(arguments: list[str] | None = None) -> None:
         for name, which in (("chosen", chosen), ("random", others), ("all", "*.*")):
             key = f"tuned {name} {seed}"
             study.stage(key, lambda n=name, w=which, s=seed: study.tuned(n, w, ranks[n], s))
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine() + " CPU"
+    study.known |= {"device": f"{device}, {torch.get_num_threads()} threads", "torch": torch.__version__}
+    study.save()
     text = "\n".join(table(study.known)) + "\n"
     (Path(given.work) / "result.md").write_text(text, "utf-8")
     print(text)
