@@ -98,7 +98,9 @@ def edit_scores(scores: Tensor, edits: Sequence[Acting], fused: bool = False) ->
     return scores
 
 
-def edit_attention(p: Tensor, edits: Sequence[Acting], fused: bool = False) -> Tensor:
+def edit_attention(
+    p: Tensor, edits: Sequence[Acting], fused: bool = False, dtype: torch.dtype | None = None
+) -> Tensor:
     """:func:`edit_scores` for mass edits alone, on the attention itself: fewer sums over keys, and no logarithms.
 
     Parameters
@@ -109,6 +111,8 @@ def edit_attention(p: Tensor, edits: Sequence[Acting], fused: bool = False) -> T
         Mass edits, in the order they act.
     fused
         As in :func:`edit_scores`.
+    dtype
+        Of the result, if not that of `p`; without gradients.
 
     Returns
     -------
@@ -124,8 +128,10 @@ def edit_attention(p: Tensor, edits: Sequence[Acting], fused: bool = False) -> T
         weight = factor[-1]
         for place, inside in enumerate(cells[:-1]):
             weight = torch.where(inside, factor[place], weight)
+        if dtype is not None and on.all and edit is edits[-1][0]:  # rounded where it is multiplied
+            return torch.mul(on.taken, weight, out=p.new_empty(p.shape, dtype=dtype))
         p = on.put(on.taken * weight)
-    return p
+    return p if dtype is None else p.to(dtype)
 
 
 def _masses(p: Tensor, cells: Sequence[Tensor], fused: bool) -> Tensor:

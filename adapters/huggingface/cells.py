@@ -105,7 +105,7 @@ def _on_attention(call: Call, edit: Edit, p: Tensor, masks: list[Tensor], operan
     """[b, q, H, d] from the attention `p` of the edit's heads, [b, h, q, n]."""
     masks = [_rows_of(mask, edit.heads)[..., : p.shape[-1]] for mask in masks]
     v = of_heads(call, edit.heads).v[:, :, : p.shape[-1]]
-    out = torch.matmul(edit_attention(p, [(edit, masks, operands)]).to(v.dtype), v)
+    out = torch.matmul(edit_attention(p, [(edit, masks, operands)], dtype=v.dtype), v)
     return _among(call, edit.heads if len(edit.heads) < call.q.shape[1] else None, out).transpose(1, 2).contiguous()
 
 

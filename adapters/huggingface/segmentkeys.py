@@ -203,7 +203,8 @@ class SegmentKeys(CallStatistics):
 
         causal = self.call.seen.kind == "causal"  # then counts are the same in every layer
         found = total > (self._once("limit", limit, segment.options, count.shape[2]) if causal else limit())
-        return found.new_zeros(found.shape[0], self.call.q.shape[1], found.shape[2]).index_copy_(1, heads, found)
+        shape = found.shape[0], self.call.q.shape[1], found.shape[2]
+        return self._once("no keys", lambda: found.new_zeros(shape), *shape).index_copy(1, heads, found)
 
     def _extreme(self, dims: tuple[int, ...], threshold: float) -> Tensor:
         """[b, n] keys whose residual stream exceeds `threshold` times its own root mean square in one of `dims`."""
