@@ -111,7 +111,7 @@ def _on_attention(call: Call, edit: Edit, p: Tensor, masks: list[Tensor], operan
 
 def spares_queries(call: Call) -> bool:
     """Whether it is worth asking the device which queries of a prompt are edited at all."""
-    return call.q.is_cuda and not is_small(call)
+    return call.q.is_cuda and not is_small(call) and biased_keys_suit(call)
 
 
 def is_small(call: Call) -> bool:

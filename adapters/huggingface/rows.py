@@ -51,7 +51,7 @@ class Rows:
         [b, n] bool, real (unpadded) columns, where a 2-D mask says.
     started, whole, prompt_end, acted_on
         What is asked of the device once in a call: `past` as a number, whether the call holds every row's whole prompt, the first
-        column behind a row's prompt, the least of all rows, and, by method, the first query that it can change in any row.
+        column behind a row's prompt, the least of all rows, and, by key of an edit, the first query that it can change in any row.
     past, length
         Columns before this call (an int, or a tensor for static caches), and columns of this call.
     offsets
@@ -92,7 +92,7 @@ class Rows:
     started: int | None = None
     whole: bool | None = None
     prompt_end: int | None = None
-    acted_on: dict[Any, int] = field(default_factory=dict)
+    acted_on: dict[tuple[str, int], int] = field(default_factory=dict)
     offsets: dict[int, int] = field(default_factory=dict)
     position_ids: Tensor | None = None
     input_ids: Tensor | None = None

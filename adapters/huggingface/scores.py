@@ -94,15 +94,16 @@ def first_acted_on(server: OperandServer, edits: tuple[Edit, ...]) -> int:
     if n_q == 1 or torch.compiler.is_compiling() or rows.begins_at() > 0:
         return 0
     starts = []
-    for method in (e.method for e in edits):
-        if method not in rows.acted_on:
+    for edit in edits:
+        method = edit.method
+        if edit.key not in rows.acted_on:
             where = None
             if isinstance(method, MassMethod):
                 where = method.acts_on({name: server.get(name) for name in method.needs})
             if where is not None:
                 begins = torch.nn.functional.pad(where, (0, 1), value=True).to(torch.uint8).argmax(1)
-            rows.acted_on[method] = 0 if where is None else int(begins.min())
-        starts.append(rows.acted_on[method])
+            rows.acted_on[edit.key] = 0 if where is None else int(begins.min())
+        starts.append(rows.acted_on[edit.key])
     return min(starts)
 
 
