@@ -75,11 +75,15 @@ class Prompt:
         return {"input_ids": self.ids, **({} if self.pixels is None else {"pixel_values": self.pixels})}
 
 
-def llava(device: torch.device, dtype: torch.dtype, seed: int, small: bool = False, layers: int = 0) -> Any:
-    """LLaVA-1.5-7B's shape (or a very small one) with random weights, made on the device; `layers` of its language model."""
+def llava(
+    device: torch.device, dtype: torch.dtype, seed: int, small: bool = False, layers: int = 0, **others: int
+) -> Any:
+    """LLaVA-1.5-7B's shape (or a very small one) with random weights, made on the device; `layers` of its language model, and
+    `others` of its settings.
+    """
     shape = SMALL if small else FULL
     text = LlamaConfig(
-        **{**shape["text"], **({"num_hidden_layers": layers} if layers else {})}, tie_word_embeddings=False
+        **{**shape["text"], **({"num_hidden_layers": layers} if layers else {}), **others}, tie_word_embeddings=False
     )
     eyes = CLIPVisionConfig(**shape["vision"])
     patches = (eyes.image_size // eyes.patch_size) ** 2

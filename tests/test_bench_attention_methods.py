@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import attention_cases as cases
 import bench_attention_methods as bench
+import host_attention_methods
 import pytest
 from compat import one_thread, silent
 
@@ -38,6 +39,17 @@ def test_every_case_runs(kind, tmp_path, monkeypatch):
         assert {
             row["name"].split(", ")[1].split(":")[0] for row in found["rows"] if "with the edit" in row["notes"]
         } == set(cases.PUBLISHED)
+
+
+def test_what_the_host_takes(tmp_path):
+    threads = torch.get_num_threads()
+    try:
+        host_attention_methods.main(["--layers", "4", "--pairs", "2", "--turns", "1", "--out", str(tmp_path)])
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads((tmp_path / "host_attention_methods.json").read_text(encoding="utf-8"))
+    assert [row["name"].split(":")[0] for row in found["rows"]] == list(host_attention_methods.METHODS)
+    assert all(row["notes"].endswith("us a layer") for row in found["rows"])
 
 
 def test_nothing_is_begun_after_the_deadline(tmp_path, monkeypatch):
