@@ -168,10 +168,13 @@ def _in_two_passes(
     parts = numbers_for(call.q.dtype)
     more = count * parts + -(width + count * parts) % 8  # kernels like aligned heads
     q, k, v = call.q[:, :, since:], call.k[:, :, :n], call.v[:, :, :n]
-    # Kernels like values that lie one after the other. What is behind the ones serves as zeros.
+    # Kernels like values that lie one after the other.
     ones = torch.zeros_like(v, memory_format=torch.contiguous_format)
     ones.scatter_(-1, of_key.expand(*v.shape[:3], 1), 1.0)
-    flags, blank = ones[..., :count], _columns(ones[..., count:], more)
+    rest = more - count * parts
+    flags, blank = ones[..., :count], ones[..., count : count + rest]
+    if blank.shape[-1] < rest:  # very narrow heads
+        blank = ones.new_zeros(()).expand(*ones.shape[:-1], rest)
 
     masses = _attend(q, k, ones, call.scale)[..., :count].to(dtype).movedim(-1, 0)
     before = masses / masses.sum(0)
@@ -184,19 +187,15 @@ def _in_two_passes(
         log_w = log_w.masked_fill(torch.isneginf(log_w + before.log()).all(0), 0.0)  # such a row stays as it is
         log_w = (log_w / call.scale).clamp_min(least)
     found = in_numbers(log_w.movedim(0, -1), q.dtype)
-    rest = more - count * parts
     q = torch.cat([q, *found, q[..., :1].expand(*q.shape[:-1], rest)], -1)  # the last columns meet zeros
-    k, v = torch.cat([k, *[flags] * parts, blank[..., :rest]], -1), torch.cat([v, blank], -1)
+    # By itself first: copies of whole keys are quick where all parts lie one after the other. What comes of v's additions is cut off.
+    extra = torch.cat([*[flags] * parts, blank], -1)
+    k, v = torch.cat([k, extra], -1), torch.cat([v, extra], -1)
     out = _attend(q, k, v, call.scale)[..., :width]
     if not since:
         return out
     before_it = _attend(call.q[:, :, :since], call.k[:, :, :since], call.v[:, :, :since], call.scale)
     return torch.cat([before_it, out], 2)
-
-
-def _columns(x: Tensor, count: int) -> Tensor:
-    """The first `count` columns of zeros `x`, or as many others."""
-    return x[..., :count] if x.shape[-1] >= count else x.new_zeros(()).expand(*x.shape[:-1], count)
 
 
 def biased_keys_suit(call: Call) -> bool:
