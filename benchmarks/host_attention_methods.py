@@ -1,6 +1,6 @@
 """What the attention methods ask of the host in a prompt: whole model over whole untouched model, with tensors of next to no size.
 
-    python benchmarks/host_attention_methods.py                   # one CPU thread, a minute
+    python benchmarks/host_attention_methods.py                   # one CPU thread, some minutes
     python benchmarks/host_attention_methods.py --only act,var
 
 A GPU reads a short prompt about as fast as Python can launch its kernels, so that the host decides what a method costs there. This
