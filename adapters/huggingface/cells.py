@@ -120,9 +120,7 @@ def is_small(call: Call) -> bool:
     return call.q.is_cuda and b * heads * n_q * call.seen.keys <= SMALL
 
 
-def _reshared(
-    outputs: list[Tensor], lses: Tensor, reshare: Callable[[Tensor], Tensor], conserves: bool = False
-) -> Tensor:
+def _reshared(outputs: list[Tensor], lses: Tensor, reshare: Callable[[Tensor], Tensor], conserves: bool) -> Tensor:
     """Cells merged with the shares that a single edit gives them: what :func:`headpatch.segments.merge` does, with fewer calls.
 
     `lses` is [C, b, H, q], the cells in the order in which the edit's method gets its shares.

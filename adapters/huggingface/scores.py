@@ -93,18 +93,16 @@ def first_acted_on(server: OperandServer, edits: tuple[Edit, ...]) -> int:
     rows, n_q = server.known_rows(), server.call.q.shape[2]
     if n_q == 1 or torch.compiler.is_compiling() or rows.begins_at() > 0:
         return 0
-    starts = []
     for edit in edits:
-        method = edit.method
-        if edit.key not in rows.acted_on:
-            where = None
-            if isinstance(method, MassMethod):
-                where = method.acts_on({name: server.get(name) for name in method.needs})
+        if edit.key in rows.acted_on:
+            continue
+        method, first = edit.method, 0
+        if isinstance(method, MassMethod):
+            where = method.acts_on({name: server.get(name) for name in method.needs})
             if where is not None:
-                begins = torch.nn.functional.pad(where, (0, 1), value=True).to(torch.uint8).argmax(1)
-            rows.acted_on[edit.key] = 0 if where is None else int(begins.min())
-        starts.append(rows.acted_on[edit.key])
-    return min(starts)
+                first = int(torch.nn.functional.pad(where, (0, 1), value=True).to(torch.uint8).argmax(1).min())
+        rows.acted_on[edit.key] = first
+    return min(rows.acted_on[edit.key] for edit in edits)
 
 
 def first_edited(server: OperandServer, edits: tuple[Edit, ...]) -> int:

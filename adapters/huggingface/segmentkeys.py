@@ -22,12 +22,6 @@ OF_THE_CALL = frozenset({"spans", "beside_spans", "image_tokens", "vision_salien
 """Segments that are the same in all layers of a call."""
 
 
-def _depends_on(segment: Segment) -> tuple[bool, bool]:
-    """Whether a segment is the same in all layers of a call, and whether it depends on where rows begin."""
-    kinds = [s.kind for s in (segment, *segment.minus)]
-    return all(kind in OF_THE_CALL for kind in kinds if kind != "first_token"), "first_token" in kinds
-
-
 class SegmentKeys(CallStatistics):
     """Segments of one attention call of one layer, and state of its request."""
 
@@ -130,7 +124,8 @@ class SegmentKeys(CallStatistics):
     def _call_key(self, segment: Segment) -> tuple[Any, ...] | None:
         """All that a segment's keys depend on, where the layer is not among it; else None."""
         call, offset = self.call, self._offset()
-        alike, firsts = _depends_on(segment)
+        kinds = [s.kind for s in (segment, *segment.minus)]
+        firsts, alike = "first_token" in kinds, OF_THE_CALL.issuperset(k for k in kinds if k != "first_token")
         if not alike or not isinstance(offset, int) or (firsts and call.first.index is not None):
             return None
         return segment, self.state.part, offset, call.q.shape[0], call.k.shape[2], call.q.device
