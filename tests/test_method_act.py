@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import naive_forms
 import pytest
 import torch
 from compat import ids, logits, one_thread, silent
@@ -100,6 +101,14 @@ def test_one_head(entry, cache, padding):
     compare(
         entry, recipe_of("act", betas, threshold=0.05), written(inputs_of(entry, padding), betas, 0.05), padding, cache
     )
+
+
+@pytest.mark.parametrize("betas", [BETAS, {1: 0.1}, {0: 0.5, 1: 0.1, 2: 0.0, 3: 0.9}])
+def test_in_one_launch(betas, monkeypatch):
+    """What is handed to the kernel, prompts and steps: for all heads, or for few of them beside the ordinary kernel."""
+    asked = naive_forms.stand_in(monkeypatch)
+    compare("llama", recipe_of("act", betas), written(inputs_of("llama", None), betas))
+    assert asked and all((heads is None) == (len(betas) > 1) for heads in asked)
 
 
 def test_memory_grows_with_the_prompt_and_not_with_its_square():

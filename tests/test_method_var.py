@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import naive_forms
 import pytest
 import torch
 from compat import logits, one_thread, silent
@@ -15,7 +16,7 @@ from zoo import IMAGE, ZOO
 
 import headpatch
 from headpatch import RecipeError, UnsupportedModelError
-from headpatch.adapters.huggingface import cells
+from headpatch.adapters.huggingface import fused
 
 __all__ = ["one_thread", "silent"]
 pytestmark = pytest.mark.filterwarnings("error")
@@ -99,6 +100,17 @@ def test_prompt_and_decoding(least, padding):
     data = recipe_of("var", RECYCLE, **{**GIVEN, "min_visual_mass": least})
     compare("llava", data, written, padding, prepare=written.prepare)
     assert min(written.gates.values()) > 3, written.gates
+
+
+@pytest.mark.parametrize("least", [0.0, 0.3, 0.6])
+def test_in_one_launch(least, monkeypatch):
+    """What is handed to the kernel, prompt and steps."""
+    asked = naive_forms.stand_in(monkeypatch)
+    written = Written(inputs_of("llava", None), min_visual_mass=least)
+    compare(
+        "llava", recipe_of("var", RECYCLE, **{**GIVEN, "min_visual_mass": least}), written, prepare=written.prepare
+    )
+    assert asked and not any(asked)
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -200,15 +212,15 @@ def test_stacked_with_other_methods(first):
 def test_queries_that_are_never_edited_are_spared(monkeypatch):
     """Where a GPU would be busy, the kernel passes begin at the first query behind an image of any row; in steps, nowhere else."""
     begun: list[int] = []
-    inner = cells.by_cells
-    monkeypatch.setattr(cells, "by_cells", lambda *given: begun.append(given[5]) or inner(*given))
+    inner = fused.by_cells
+    monkeypatch.setattr(fused, "by_cells", lambda *given: begun.append(given[5]) or inner(*given))
     entry, batch = ZOO["llava"], inputs_of("llava", None).to(torch.float64).kwargs
     image = batch["input_ids"] == IMAGE
     model = entry.build(torch.float64)
     headpatch.apply(model, recipe_of("var", RECYCLE, **GIVEN))
     with torch.no_grad():
         wanted = model(**batch, use_cache=True)
-        monkeypatch.setattr(cells, "spares_queries", lambda call: True)
+        monkeypatch.setattr(fused, "spares_queries", lambda call: True)
         found = model(**batch, use_cache=True)
         step = model(batch["input_ids"][:, -1:], past_key_values=found.past_key_values).logits
         same = model(batch["input_ids"][:, -1:], past_key_values=wanted.past_key_values).logits

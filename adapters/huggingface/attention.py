@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headpatch.adapters.huggingface import cells, mass, scores
+from headpatch.adapters.huggingface.fused import by_segments
 from headpatch.adapters.huggingface.kvcall import kept_attention
 from headpatch.adapters.huggingface.kvplan import Policy, part_of
 from headpatch.adapters.huggingface.masks import Visible, visible
@@ -266,8 +267,7 @@ def _edited(call: mass.Call, plan: LayerPlan, server: OperandServer | None, fuse
     if in_the_open:
         since = scores.first_edited(server, edits)
         return scores.explicit(call, edits, masks, plan.owned, server.operands_of, since=since), False
-    since = scores.first_acted_on(server, edits) if cells.spares_queries(call) else 0
-    return cells.by_cells(call, edits, masks, plan.owned, server.operands_of, since), False
+    return by_segments(call, edits, masks, plan.owned, server), False
 
 
 def base_attention(

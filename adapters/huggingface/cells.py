@@ -25,7 +25,7 @@ from headpatch.scores import edit_attention, on_heads
 from headpatch.segments import cell_log_weights, cells, in_numbers, merge, new_shares, numbers_for, partition
 
 __all__ = ["OperandsAt", "Owned", "Segments", "biased_keys_suit", "by_cells", "by_key_bias", "few_suit",
-           "is_small", "spares_queries"]  # fmt: skip
+           "is_small", "plainly", "spares_queries"]  # fmt: skip
 
 Segments = Callable[[int, int], list[Tensor]]
 """Masks of the segments that a plan's edits name, for queries start..stop, each broadcastable to [b, H, q, n]."""
@@ -95,10 +95,16 @@ def _among(call: Call, heads: Tensor | None, out: Tensor) -> Tensor:
     """Outputs of some heads among those of the ordinary kernel; of all where `heads` is None."""
     if heads is None:
         return out
-    n = call.seen.keys
-    plain = biased_keys_suit(call)
-    every = _attend(call.q, call.k[:, :, :n], call.v[:, :, :n], call.scale) if plain else unedited(call)
+    every = plainly(call)
     return every.index_copy(1, heads, out) if torch.is_grad_enabled() else every.index_copy_(1, heads, out)
+
+
+def plainly(call: Call) -> Tensor:
+    """[b, H, q, d] of the ordinary kernel, by the shortest way to it."""
+    n = call.seen.keys
+    return (
+        _attend(call.q, call.k[:, :, :n], call.v[:, :, :n], call.scale) if biased_keys_suit(call) else unedited(call)
+    )
 
 
 def _on_attention(call: Call, edit: Edit, p: Tensor, masks: list[Tensor], operands: dict[str, Any]) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from headpatch.adapters.huggingface.images import image_columns, salient_columns
-from headpatch.adapters.huggingface.lse import score_dtype
 from headpatch.adapters.huggingface.rows import state_of
 from headpatch.adapters.huggingface.statistics import CallStatistics
 from headpatch.errors import EngineError
+from headpatch.kernels.extreme import extreme
 from headpatch.operands import OPERANDS, Segment
 
 __all__ = ["SegmentKeys"]
@@ -204,13 +204,8 @@ class SegmentKeys(CallStatistics):
     def _extreme(self, dims: tuple[int, ...], threshold: float) -> Tensor:
         """[b, n] keys whose residual stream exceeds `threshold` times its own root mean square in one of `dims`."""
         x = self._layer_input()
-        dtype, norm = score_dtype(x), torch.linalg.vector_norm
         places = self._once("dims", lambda: torch.tensor(dims, device=x.device), dims)
-        floor = self._once("floor", lambda: torch.full((), threshold * 1e-3, dtype=dtype, device=x.device), threshold)
-        # No copy of the stream in another dtype, and few calls.
-        peak = norm(x.index_select(-1, places), math.inf, -1, dtype=dtype)
-        least = torch.hypot(norm(x, 2, -1, dtype=dtype) * (threshold / x.shape[-1] ** 0.5), floor)
-        found = peak >= least
+        found = extreme(x, places, threshold)
         rows = self.known_rows()
         return found if rows.real is None and rows.first is None else found & self._real_queries()
 

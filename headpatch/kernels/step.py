@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from headpatch.kernels.first_token import tile, triton_available
+from headpatch.kernels.launch import compiled
 
 __all__ = ["can_merge_step", "merge_step"]
 
@@ -84,10 +85,5 @@ def _compile(key: tuple[Any, ...], args: tuple[Any, ...]) -> Callable[..., None]
     head_blocks, gb, _, dp, dvp, warps = tile(heads, kv, d, dv, False)
     shape = {"KH": kv, "G": heads // kv, "D": d, "DV": dv, "DP": dp, "DVP": dvp, "GB": gb, "COMPLEMENT": complement}
     grid = (kv * head_blocks, b, 1)
-    tail = tuple(shape.values())
-    compiled = step.warmup(*args, **shape, num_warps=warps, grid=grid)
-    compiled = compiled.result() if hasattr(compiled, "result") else compiled
-    if hasattr(type(compiled), "__getitem__"):  # a kernel that can be launched as it is
-        launch = compiled[grid]
-        return lambda *a: launch(*a, *tail)
-    return lambda *a: step[grid](*a, **shape, num_warps=warps)
+    run = compiled(step, grid, args, shape, {"num_warps": warps})
+    return lambda *a: run(grid, a)

@@ -40,6 +40,8 @@ from headpatch.operands import Segment, first_token
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from headpatch.kernels.segments import Form
+
 
 @dataclass(frozen=True)
 class AttentionCalibration(MassMethod):
@@ -79,3 +81,8 @@ class AttentionCalibration(MassMethod):
         edited = torch.stack([kept, 1 - kept])
         # A row that sees nothing but sinks has nobody to hand their attention to.
         return torch.where(shares[1:] > 0, edited, shares)
+
+    def form(self, operands: Operands) -> Form:
+        from headpatch.kernels.segments import Form
+
+        return Form("calibrate")

@@ -28,6 +28,8 @@ from headpatch.show import short
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from headpatch.kernels.segments import Form
+
 __all__ = [
     "FAMILIES",
     "ORDER",
@@ -217,6 +219,13 @@ class MassMethod(Method):
         """[b, q] bool: queries of a whole prompt in one call that the method can change; None: any.
 
         `operands` are those that the method's `needs` names. An adapter may spare the others the work, and need not.
+        """
+        return None
+
+    def form(self, operands: Operands) -> Form | None:
+        """What :meth:`reshare` does, as one of the forms that fused kernels know (:mod:`headpatch.kernels.segments`); None: none.
+
+        `operands` as for :meth:`reshare`. An adapter may go by it instead, and need not.
         """
         return None
 

@@ -43,6 +43,8 @@ from headpatch.operands import Segment
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from headpatch.kernels.segments import Form
+
 
 @dataclass(frozen=True)
 class VisualAttentionRedistribution(MassMethod):
@@ -100,6 +102,17 @@ class VisualAttentionRedistribution(MassMethod):
         moved = gate * strength[:, None]
         kept = 1 - moved
         return torch.stack([torch.addcmul(content, moved, visual + text), kept * visual, kept * text, rest])
+
+    def form(self, operands: Operands) -> Form:
+        from headpatch.kernels.segments import Form
+
+        return Form(
+            "redistribute",
+            self.min_visual_mass,
+            self.min_nonsink_ratio,
+            self.require_visual_sink,
+            operands["image_queries"],
+        )
 
     def acts_on(self, operands: Operands) -> Tensor:
         image = operands["image_queries"]
