@@ -29,10 +29,10 @@ def attend_segments(
     p = attention(q, k, scale)
     every = torch.arange(q.shape[1], device=q.device) if heads is None else heads
     s = strength.double()[:, None, None]
-    inside, taken = [], torch.zeros_like(masks[0])
-    for mask in masks:
-        inside.append((mask & ~taken).expand_as(p)[:, every])
-        taken = taken | mask
+    if form.name == "redistribute":
+        image, sinks = masks
+        masks = [image & ~sinks, image & sinks, sinks & ~image]
+    inside = [mask.expand_as(p)[:, every] for mask in masks]
     chosen = p[:, every]
     mass = [(chosen * m).sum(-1, keepdim=True) for m in inside]
     if form.name == "calibrate":

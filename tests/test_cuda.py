@@ -192,8 +192,8 @@ def test_masses_of_a_prompt(
 
     def run(device: str, dtype: torch.dtype, edited: bool = True) -> Tensor:
         model, cache = entry.build(torch.float64).to(device, dtype), DynamicCache()
-        on = {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in kwargs.items()}
-        on.pop("attention_mask", None)
+        given = {k: v for k, v in kwargs.items() if isinstance(v, Tensor) and k != "attention_mask"}
+        on = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in given.items()}
         with contextlib.ExitStack() as stack, torch.no_grad():
             if edited:
                 handle = stack.enter_context(headpatch.applied(model, recipe))

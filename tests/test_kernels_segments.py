@@ -40,12 +40,10 @@ def case(
     strength = torch.rand(heads, generator=made).to(DEVICE)
     if name == "calibrate":
         some = (torch.rand(1, heads, 1, 1, generator=made) > 0.3).to(DEVICE)
-        return tensors, [sinks & some], Form(name), strength, width**-0.5
+        return tensors, [sinks & some], Form(name, ()), strength, width**-0.5
     image = ((column >= 6) & (column < keys // 2)).expand(2, keys)
-    at = image[:, None, None]
-    masks = [at & ~sinks, sinks, sinks & ~at]  # the second is more than what is left of it
-    spared = image[:, keys - queries :]
-    return tensors, [masks[0], at & sinks, masks[1]], Form(name, 0.2, 0.7, True, spared), strength, width**-0.5
+    form = Form(name, (), 0.2, 0.7, True, image[:, keys - queries :])
+    return tensors, [image[:, None, None], sinks], form, strength, width**-0.5
 
 
 @triton_runs
@@ -57,7 +55,7 @@ def test_triton_against_the_whole_map(shape, dtype, name):
     want = naive_forms.attend_segments(q, k, v, masks, form, strength, scale)
     neutral = torch.full_like(strength, 1.0 if name == "calibrate" else 0.0)
     untouched = naive_forms.attend_segments(q, k, v, masks, form, neutral, scale)
-    assert (want - untouched).abs().max() > 10 * WITHIN[dtype]
+    assert (want - untouched).abs().max() > 2 * WITHIN[dtype]
     got = attend_segments(q, k, v, masks, form, strength, scale)
     assert got.is_contiguous() and got.dtype == dtype
     assert (got - want).abs().max() <= WITHIN[dtype]
@@ -93,29 +91,29 @@ def test_triton_row_that_sees_nothing_but_sinks():
 def test_forms_are_what_methods_say_of_themselves(least, strict):
     """`form` and `reshare` of one method, on the same map."""
     torch.manual_seed(0)
-    (q, k, v), masks, _, strength, scale = case(SHAPES[0], torch.float64, "redistribute")
+    (q, k, v), (image, sinks), _, strength, scale = case(SHAPES[0], torch.float64, "redistribute")
     if not strict:
-        masks[1] = masks[1] & (torch.arange(70, device=DEVICE) > 33)  # early rows see none
+        sinks = sinks & ~(image & (torch.arange(70, device=DEVICE) < 33))  # early rows see none in the image
     p = naive_forms.attention(q, k, scale)
     spared = {"image_queries": torch.rand(2, 70, device=DEVICE) > 0.7}
     var = VisualAttentionRedistribution((1,), 0.0, 20.0, least, 0.6, strict)
-    for method, mine in ((AttentionCalibration(), masks[2:]), (var, masks)):
-        inside = []
-        for mask in mine:
-            inside.append(mask & ~sum(inside, torch.zeros_like(mask)))
-        inside.append(~sum(inside, torch.zeros_like(mask)))
+    of_var = [image & ~sinks, image & sinks, sinks & ~image]
+    for method, inside, masks in ((AttentionCalibration(), [sinks], [sinks]), (var, of_var, [image, sinks])):
+        inside.append(~sum(inside, torch.zeros_like(sinks)))
         before = torch.stack([(p * m).sum(-1) for m in inside])
         ratio = torch.where(before > 0, method.reshare(before, strength.double(), spared) / before, 1.0)
         assert (ratio != 1).any()
         want = sum(p * m * r.unsqueeze(-1) for m, r in zip(inside, ratio, strict=True)) @ v.repeat_interleave(2, 1)
-        got = naive_forms.attend_segments(q, k, v, mine, method.form(spared), strength, scale)
+        form = method.form(spared)
+        assert len(form.segments) == len(masks)
+        got = naive_forms.attend_segments(q, k, v, masks, form, strength, scale)
         torch.testing.assert_close(got, want.transpose(1, 2), rtol=0, atol=1e-12)
 
 
 def test_forms_that_do_not_fit():
     (q, k, v), masks, form, strength, scale = case(SHAPES[0], torch.float32, "redistribute")
-    with pytest.raises(ValueError, match="form 'calibrate' has 1 segments, 3 were given"):
-        attend_segments(q, k, v, masks, Form("calibrate"), strength, scale)
+    with pytest.raises(ValueError, match="form 'calibrate' has 1 masks, 2 were given"):
+        attend_segments(q, k, v, masks, Form("calibrate", ()), strength, scale)
     with pytest.raises(ValueError, match="needs to know which queries are spared"):
         attend_segments(q, k, v, masks, form._replace(spared=None), strength, scale)
     with pytest.raises(ValueError, match="give out"):

@@ -263,11 +263,11 @@ def _edited(call: mass.Call, plan: LayerPlan, server: OperandServer | None, fuse
         if flags is not None:
             some = edits[0].heads if cells.few_suit(call, edits[0].heads) else None
             return cells.by_key_bias(call, some, plan.bias_columns(call.q, call.scale, some is None), flags), False
-    masks = server.segment_masks(plan.segments)
     if in_the_open:
+        masks = server.segment_masks(plan.segments)
         since = scores.first_edited(server, edits)
         return scores.explicit(call, edits, masks, plan.owned, server.operands_of, since=since), False
-    return by_segments(call, edits, masks, plan.owned, server), False
+    return by_segments(call, plan, server), False
 
 
 def base_attention(

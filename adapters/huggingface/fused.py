@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from headpatch.adapters.huggingface.cells import (
-    OperandsAt,
-    Owned,
-    Segments,
     biased_keys_suit,
     by_cells,
     few_suit,
@@ -17,7 +14,7 @@ from headpatch.adapters.huggingface.cells import (
     spares_queries,
 )  # fmt: skip
 from headpatch.adapters.huggingface.mass import Call
-from headpatch.adapters.huggingface.plan import Edit
+from headpatch.adapters.huggingface.plan import Edit, LayerPlan
 from headpatch.adapters.huggingface.scores import first_acted_on
 from headpatch.kernels.segments import attend_segments, attends_segments
 from headpatch.methods.base import MassMethod
@@ -31,21 +28,19 @@ STEP_KEYS = 8192
 """Up to so many keys in a decoding step: the kernel does not share a row's keys out."""
 
 
-def by_segments(
-    call: Call, edits: tuple[Edit, ...], segments: Segments, owned: Owned, server: OperandServer
-) -> Tensor:
-    """[b, q, H, d]; arguments as for :func:`headpatch.adapters.huggingface.cells.by_cells`."""
-    quick = by_form(call, edits, segments, owned, server.operands_of)
+def by_segments(call: Call, plan: LayerPlan, server: OperandServer) -> Tensor:
+    """Attention [b, q, H, d] under all mass edits of a layer."""
+    edits = plan.attention
+    quick = by_form(call, edits, server)
     if quick is not None:
         return quick
+    segments = server.segment_masks(plan.segments)
     since = first_acted_on(server, edits) if spares_queries(call) else 0
-    return by_cells(call, edits, segments, owned, server.operands_of, since)
+    return by_cells(call, edits, segments, plan.owned, server.operands_of, since)
 
 
-def by_form(
-    call: Call, edits: tuple[Edit, ...], segments: Segments, owned: Owned, operands: OperandsAt
-) -> Tensor | None:
-    """Attention [b, q, H, d] under a single edit as its method's form says; None where there is none, or no kernel for this call."""
+def by_form(call: Call, edits: tuple[Edit, ...], server: OperandServer) -> Tensor | None:
+    """Attention under a single edit as its method's form says; None where there is no form, or no kernel for this call."""
     n_q, n_k = call.q.shape[2], call.seen.keys
     if len(edits) != 1 or (n_q == 1 and n_k > STEP_KEYS) or not biased_keys_suit(call):
         return None
@@ -55,12 +50,10 @@ def by_form(
     k, v = call.k[:, :, :n_k], call.v[:, :, :n_k]
     if not attends_segments(call.q, k, v):
         return None
-    found = segments(0, 1)
-    masks = [found[i] for i in owned[0]]
-    form = method.form(operands(edit, 0, n_q))
-    if form is None or any(m.shape[2] != 1 for m in masks):
+    form = method.form(server.operands_of(edit, 0, n_q))
+    if form is None:
         return None
-    masks = [m[..., :n_k] for m in masks]
+    masks = [m[..., :n_k] for m in server.segment_masks(form.segments)(0, 1)]
     if len(edit.heads) == call.q.shape[1]:
         return attend_segments(call.q, k, v, masks, form, edit.strength, call.scale)
     if edit.dense is not None and not few_suit(call, edit.heads):

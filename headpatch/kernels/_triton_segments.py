@@ -19,25 +19,27 @@ def _scores(q, K, cols, there, past, rows, k_n, d, scale, D: tl.constexpr, EXACT
 
 
 @triton.jit
-def _members(M0, M1, M2, cols, there):
-    """Which keys lie in each segment; one that lies in two belongs to the first."""
+def _members(M0, M1, cols, there, FORM: tl.constexpr):
+    """Which keys lie in each segment of a form."""
     in0 = tl.load(M0 + cols, mask=there, other=0) != 0
     in1 = tl.zeros_like(in0)
     in2 = tl.zeros_like(in0)
-    if M1 is not None:
-        in1 = (tl.load(M1 + cols, mask=there, other=0) != 0) & (in0 == 0)
-    if M2 is not None:
-        in2 = (tl.load(M2 + cols, mask=there, other=0) != 0) & (in0 == 0) & (in1 == 0)
+    if FORM == "redistribute":
+        image = in0
+        sinks = tl.load(M1 + cols, mask=there, other=0) != 0
+        in0 = image & (sinks == 0)
+        in1 = image & sinks
+        in2 = sinks & (image == 0)
     return in0, in1, in2
 
 
-_NUMBERS = ["m0_b", "m0_h", "m1_b", "m1_h", "m2_b", "m2_h", "s_b", "n_q", "n_k", "scale", "least", "ratio"]
+_NUMBERS = ["m0_b", "m0_h", "m1_b", "m1_h", "s_b", "n_q", "n_k", "scale", "least", "ratio"]
 
 
-@triton.jit(do_not_specialize=["M0", "M1", "M2", "SPARED", "HEADS", "STRENGTH", *_NUMBERS])
+@triton.jit(do_not_specialize=["M0", "M1", "SPARED", "HEADS", "STRENGTH", *_NUMBERS])
 def attend(
-    Q, K, V, OUT, HEADS, STRENGTH, M0, M1, M2, SPARED,
-    q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n, y_b, y_h, y_t, m0_b, m0_h, m1_b, m1_h, m2_b, m2_h, s_b, n_q, n_k,
+    Q, K, V, OUT, HEADS, STRENGTH, M0, M1, SPARED,
+    q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n, y_b, y_h, y_t, m0_b, m0_h, m1_b, m1_h, s_b, n_q, n_k,
     scale, least, ratio,
     N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FORM: tl.constexpr, STRICT: tl.constexpr, EXACT: tl.constexpr,
@@ -53,8 +55,6 @@ def attend(
     M0 += b * m0_b + h * m0_h
     if M1 is not None:
         M1 += b * m1_b + h * m1_h
-    if M2 is not None:
-        M2 += b * m2_b + h * m2_h
     K += b * k_b + (h // G) * k_h
     V += b * v_b + (h // G) * v_h
 
@@ -76,20 +76,16 @@ def attend(
         cols = start + tl.arange(0, BN)
         there = cols < n_k
         x = _scores(q, K, cols, there, past, rows, k_n, d, scale, D, EXACT)
-        in0, in1, in2 = _members(M0, M1, M2, cols, there)
+        in0, in1, in2 = _members(M0, M1, cols, there, FORM)
         higher = tl.maximum(top, tl.max(x, 1))
         p = tl.exp2(x - higher[:, None])
         faded = tl.exp2(top - higher)
         top = higher
         a0 = a0 * faded + tl.sum(tl.where(in0[None, :], p, 0.0), 1)
-        rest = in0
-        if M1 is not None:
+        if FORM == "redistribute":
             a1 = a1 * faded + tl.sum(tl.where(in1[None, :], p, 0.0), 1)
-            rest = rest | in1
-        if M2 is not None:
             a2 = a2 * faded + tl.sum(tl.where(in2[None, :], p, 0.0), 1)
-            rest = rest | in2
-        other = other * faded + tl.sum(tl.where(rest[None, :], 0.0, p), 1)
+        other = other * faded + tl.sum(tl.where((in0 | in1 | in2)[None, :], 0.0, p), 1)
 
     total = a0 + a1 + a2 + other
     w0 = tl.full([BM], 1.0, tl.float32)
@@ -122,12 +118,10 @@ def attend(
         cols = start + tl.arange(0, BN)
         there = cols < n_k
         x = _scores(q, K, cols, there, past, rows, k_n, d, scale, D, EXACT)
-        in0, in1, in2 = _members(M0, M1, M2, cols, there)
+        in0, in1, in2 = _members(M0, M1, cols, there, FORM)
         w = tl.where(in0[None, :], w0[:, None], w_rest[:, None])
-        if M1 is not None:
-            w = tl.where(in1[None, :], w1[:, None], w)
-        if M2 is not None:
-            w = tl.where(in2[None, :], w2[:, None], w)
+        if FORM == "redistribute":
+            w = tl.where(in1[None, :], w1[:, None], tl.where(in2[None, :], w2[:, None], w))
         p = tl.exp2(x - top[:, None]) * w
         v = tl.load(V + cols[:, None] * v_n + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
         y = tl.dot(p.to(v.dtype), v, y, input_precision="ieee" if EXACT else "tf32")

@@ -85,4 +85,4 @@ class AttentionCalibration(MassMethod):
     def form(self, operands: Operands) -> Form:
         from headpatch.kernels.segments import Form
 
-        return Form("calibrate")
+        return Form("calibrate", self.segments())

@@ -78,15 +78,15 @@ class VisualAttentionRedistribution(MassMethod):
     def scope(self) -> str:
         return "prompt"
 
-    def segments(self) -> tuple[Segment, ...]:
+    def _sinks(self, *minus: Segment) -> Segment:
         options: tuple[tuple[str, object], ...] = (("dims", self.sink_dimensions), ("threshold", self.sink_threshold))
-        image, sinks = Segment("image_tokens"), Segment("residual_sinks", options)
-        text_sinks = Segment("residual_sinks", options, (image,))
-        return (
-            Segment("image_tokens", minus=(sinks,)),
-            Segment("residual_sinks", options, (text_sinks,)),  # what of them lies in the image
-            text_sinks,
-        )
+        return Segment("residual_sinks", options, minus)
+
+    def segments(self) -> tuple[Segment, ...]:
+        image = Segment("image_tokens")
+        text_sinks = self._sinks(image)
+        visual_sinks = self._sinks(text_sinks)  # what of them lies in the image
+        return (Segment("image_tokens", minus=(self._sinks(),)), visual_sinks, text_sinks)
 
     def reshare(self, shares: Tensor, strength: Tensor, operands: Operands) -> Tensor:
         import torch
@@ -107,12 +107,9 @@ class VisualAttentionRedistribution(MassMethod):
         from headpatch.kernels.segments import Form
 
         return Form(
-            "redistribute",
-            self.min_visual_mass,
-            self.min_nonsink_ratio,
-            self.require_visual_sink,
-            operands["image_queries"],
-        )
+            "redistribute", (Segment("image_tokens"), self._sinks()), self.min_visual_mass, self.min_nonsink_ratio,
+            self.require_visual_sink, operands["image_queries"],
+        )  # fmt: skip
 
     def acts_on(self, operands: Operands) -> Tensor:
         image = operands["image_queries"]
