@@ -315,7 +315,9 @@ def run(
         if len(found) == 2:
             times = found["cut"]["most"] / found["uncut"]["most"]
             result["room"] = {**found, "times": times, "passed": times >= MORE}
-            print(f"room: {times:.2f} times as many requests at once: {'pass' if times >= MORE else 'FAIL'}", flush=True)
+            print(
+                f"room: {times:.2f} times as many requests at once: {'pass' if times >= MORE else 'FAIL'}", flush=True
+            )
     return result
 
 

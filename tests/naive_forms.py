@@ -1,4 +1,4 @@
-"""What headpatch/kernels/segments.py does in one launch, on the whole map: the answer to its tests, and its stand-in on a CPU."""
+"""What headpatch/kernels/segments.py and columns.py do, on the whole map: the answer to their tests, and stand-ins on a CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headpatch.adapters.huggingface import fused
+from headpatch.adapters.huggingface import fused, statistics
 from headpatch.kernels.segments import Form
 
 
@@ -53,9 +53,17 @@ def attend_segments(
     return edited if out is None else out.index_copy_(2, every, edited[:, :, every])
 
 
+def column_sums(q: Tensor, k: Tensor, counted: Tensor, scale: float, heads: Tensor | None = None) -> Tensor:
+    """As its namesake."""
+    p = attention(q, k, scale) * counted[:, None, :, None]
+    return (p if heads is None else p[:, heads]).sum(2)
+
+
 def stand_in(monkeypatch: Any) -> list[Tensor | None]:
-    """Let the adapter take the kernel's way on a CPU; gives what it was asked for: heads of each call."""
+    """Let the adapter take the kernels' way on a CPU; gives what it was asked to attend to: heads of each call."""
     asked: list[Tensor | None] = []
+    monkeypatch.setattr(statistics, "sums_columns", lambda q, k: True)
+    monkeypatch.setattr(statistics, "column_sums", column_sums)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, masks: Any, form: Form, strength: Tensor, scale: float,
                heads: Tensor | None = None, out: Tensor | None = None) -> Tensor:  # fmt: skip

@@ -311,7 +311,10 @@ def test_gradients_of_plain_torch():
 @pytest.mark.slow
 def test_triton_kernel_in_the_interpreter():
     """Run the kernel tests again in Triton's interpreter, which must be chosen before Triton is imported."""
-    files = [__file__, *(str(Path(__file__).with_name(f"test_kernels_{name}.py")) for name in ("paged", "segments"))]
+    files = [
+        __file__,
+        *(str(Path(__file__).with_name(f"test_kernels_{name}.py")) for name in ("columns", "paged", "segments")),
+    ]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider", *files],
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900, check=False,

@@ -25,7 +25,7 @@ from headpatch.kernels.first_token import triton_available
 from headpatch.kernels.launch import launch
 from headpatch.operands import Segment
 
-__all__ = ["FORMS", "Form", "attend_segments", "attends_segments"]
+__all__ = ["FORMS", "Form", "attend_segments", "attends_segments", "outer", "takes"]
 
 FORMS = {"calibrate": 1, "redistribute": 2}
 """How many masks of keys each form has."""
@@ -44,12 +44,26 @@ class Form(NamedTuple):
 
 
 def attends_segments(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether :func:`attend_segments` runs where `q` lies and takes these tensors: half precision, aligned, equal widths."""
+    """Whether :func:`attend_segments` runs where `q` lies and takes these tensors: see :func:`takes`; all of one width."""
+    return q.shape[-1] == v.shape[-1] and takes(q, k, v)
+
+
+def takes(q: Tensor, *others: Tensor) -> bool:
+    """Whether kernels that read whole prompts run where `q` [b, H, q, d] lies, not under a compiler, and take it and `others`.
+
+    Half precision on an NVIDIA GPU from Ampere on (older ones have too little shared memory), at most 256 wide, rows that begin at
+    multiples of 16 numbers.
+    """
     return (
-        q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and triton_available(q.device)
-        and q.shape[-1] <= WIDEST and not q.shape[-1] % 16 and q.shape[-1] == v.shape[-1] and not torch.compiler.is_compiling()
-        and all(_aligned(x) for x in (q, k, v))
+        q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling()
+        and triton_available(q.device) and _recent(q.device.index) and q.shape[-1] <= WIDEST and not q.shape[-1] % 16
+        and all(_aligned(x) for x in (q, *others))
     )  # fmt: skip
+
+
+@functools.cache
+def _recent(index: int) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) >= (8, 0)
 
 
 def _aligned(x: Tensor) -> bool:
@@ -116,7 +130,7 @@ def attend_segments(
     y_b, y_t, y_h, _ = out.stride()
     args = (
         q, k, v, out, heads, strength, *masks, *(None,) * missing, spared,
-        *_outer(q), *_outer(k), *_outer(v), 0 if b == 1 else y_b, y_h, y_t, *at, *(0, 0) * missing,
+        *outer(q), *outer(k), *outer(v), 0 if b == 1 else y_b, y_h, y_t, *at, *(0, 0) * missing,
         spared.stride(0) if spared is not None and spared.shape[0] > 1 else 0, n_q, n_k,
         scale * math.log2(math.e), form.least, form.ratio,
     )  # fmt: skip
@@ -138,7 +152,8 @@ def _by_key(mask: Tensor) -> Tensor:
     return mask if mask.stride(-1) == 1 or mask.shape[-1] == 1 else mask.contiguous()
 
 
-def _outer(x: Tensor) -> tuple[int, int, int]:
+def outer(x: Tensor) -> tuple[int, int, int]:
+    """Strides of row, head and token, [b, h, n, d]; 0 for a single row."""
     b, h, t, _ = x.stride()
     return (0 if x.shape[0] == 1 else b), h, t
 

@@ -3,8 +3,9 @@
     cd /tmp && python .../tests/vllm/gpu_split.py --model /tmp/smollm2 --out $OUT
 
 As gpu_parity.py, whose noise is measured here on an engine of its own that keeps everything: the mean difference in log-probability
-from the reference may be no larger than that (a quarter more is allowed), and against the reference that keeps everything it is far
-larger.
+from the reference may be no larger than that, or, since a model that has lost tokens is less sure of itself and feels rounding more,
+than what bfloat16 transformers under the same mask show on the same tokens (a quarter more is allowed). Against the reference that
+keeps everything it is far larger.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
     sys.path.insert(0, str(HERE))
     import torch
     from engine_cases import VOCABULARY, ask, differ, load, save_tiny, truth
-    from gpu_parity import MEMORY, mean, outcome, text_prompts
+    from gpu_parity import MEMORY, like, mean, outcome, text_prompts
     from split_cases import Kept, factors, wanted
     from vllm import LLM
 
@@ -74,7 +75,7 @@ def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
         "dtype": "bfloat16", "max_model_len": 512 if tiny else 1024, "max_num_seqs": 64, **MEMORY, "skip_tokenizer_init": True,
         "enable_prefix_caching": True, "seed": 0,
     }  # fmt: skip
-    reference = load(Path(model)).cuda()
+    reference, rounded = load(Path(model)).cuda(), load(Path(model)).to(torch.bfloat16).cuda()
     torch.backends.cuda.matmul.allow_tf32 = False
     uncut = LLM(model, **shared, additional_config={"headpatch": {}})
     plain = ask(uncut, [(ids, "none") for ids in prompts], 32)
@@ -93,11 +94,17 @@ def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
             everything = wanted(reference, mine, Kept(10**6, 1, {}, kept.gamma, kept.scale, kept.later))
             found[n] = {
                 "mean": mean(mine, tables),
+                "transformers_mean": mean(like(mine, wanted(rounded, mine, kept)), tables),
                 "untouched_mean": mean(mine, everything),
                 "worst": differ(mine, tables).worst,
             }
         rounds.append(found)
-    bad = {n: r[n]["mean"] for r in rounds for n in given if not r[n]["mean"] <= SLACK * noise + 1e-5}
+    bad = {
+        n: r[n]["mean"]
+        for r in rounds
+        for n in given
+        if not r[n]["mean"] <= SLACK * max(noise, r[n]["transformers_mean"]) + 1e-5
+    }
     return outcome(llm, name, bad, noise, rounds, seconds)
 
 

@@ -1,0 +1,84 @@
+"""Kernels that read whole prompts, built for NVIDIA GPUs where there is none: what does not compile, or does not fit, shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from kernel_cases import HAS_TRITON, INTERPRETED
+
+from headpatch.kernels.segments import FORMS, _tile
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed"),
+    pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter"),
+]
+OUTER = [f"{x}_{dim}" for x in ("q", "k", "v", "y") for dim in ("b", "h", "t")]
+INTEGERS = ["n_q", "n_k", "m0_b", "m0_h", "m1_b", "m1_h", "s_b", "c_b", "x_b", "x_t", "length"]
+TYPES = {
+    **dict.fromkeys(["Q", "K", "V", "OUT", "X"], "*bf16"), **dict.fromkeys(["LSE", "SUMS", "STRENGTH"], "*fp32"),
+    **dict.fromkeys(["M0", "M1", "SPARED", "COUNTED", "FOUND"], "*i1"), **dict.fromkeys(["HEADS", "DIMS"], "*i64"),
+    **dict.fromkeys(["scale", "least", "ratio", "square", "floor"], "fp32"),
+    **dict.fromkeys([*OUTER, "k_n", "v_n", *INTEGERS], "i32"),
+}  # fmt: skip
+ALIGNED = {"Q", "K", "V", "OUT", "X", *OUTER, "k_n", "v_n"}
+SHARED = {80: 163, 86: 99, 90: 227}
+"""KiB of shared memory that a program may take, by compute capability."""
+
+
+def build(kernel: Any, constants: dict[str, Any], capability: int, options: dict[str, int]) -> int:
+    """Compile as launch.py lets it be compiled; bytes of shared memory."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else TYPES[n] for n in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in ALIGNED and n not in constants}
+    values = {(names.index(n),): value for n, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
+    return int(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared)
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("form", FORMS)
+def test_attention_with_new_shares(form, width, capability):
+    from headpatch.kernels._triton_segments import attend
+
+    for queries in (1, 1024):
+        bm, bn, warps, stages = _tile(queries, width)
+        missing = {"M1": None, "SPARED": None} if form == "calibrate" else {}
+        constants = {
+            "N": 8,
+            "G": 4,
+            "D": width,
+            "DP": width,
+            "BM": bm,
+            "BN": bn,
+            "FORM": form,
+            "STRICT": True,
+            "EXACT": False,
+        }
+        options = {"num_warps": warps, "num_stages": stages}
+        shared = build(attend, {**constants, "HEADS": None, **missing}, capability, options)
+        assert shared <= SHARED[capability] * 1024
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_sums_of_columns(width, capability):
+    from headpatch.kernels import _triton_columns
+    from headpatch.kernels.columns import block
+
+    size = block(width)
+    constants = {"N": 3, "G": 1, "D": width, "DP": width, "BM": size, "BN": size, "EXACT": False}
+    for kernel in (_triton_columns.rows, _triton_columns.columns):
+        assert build(kernel, constants, capability, {"num_warps": 4, "num_stages": 3}) <= SHARED[capability] * 1024
+
+
+def test_extreme_tokens():
+    from headpatch.kernels._triton_segments import extreme
+
+    assert build(extreme, {"W": 4096, "COUNT": 2, "BLOCK": 4096}, 90, {"num_warps": 4, "num_stages": 3}) <= 4096
