@@ -12,10 +12,11 @@ from headpatch.kernels.segments import FORMS, _tile
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed"),
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset"),  # Triton 3.9 about its own next version
     pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter"),
 ]
 OUTER = [f"{x}_{dim}" for x in ("q", "k", "v", "y") for dim in ("b", "h", "t")]
-INTEGERS = ["n_q", "n_k", "m0_b", "m0_h", "m1_b", "m1_h", "s_b", "c_b", "x_b", "x_t", "length"]
+INTEGERS = ["N", "n_q", "n_k", "m0_b", "m0_h", "m1_b", "m1_h", "s_b", "c_b", "x_b", "x_t", "length"]
 TYPES = {
     **dict.fromkeys(["Q", "K", "V", "OUT", "X"], "*bf16"), **dict.fromkeys(["LSE", "SUMS", "STRENGTH"], "*fp32"),
     **dict.fromkeys(["M0", "M1", "SPARED", "COUNTED", "FOUND"], "*i1"), **dict.fromkeys(["HEADS", "DIMS"], "*i64"),
@@ -73,7 +74,7 @@ def test_sums_of_columns(width, capability):
     from headpatch.kernels.columns import block
 
     size = block(width)
-    constants = {"N": 3, "G": 1, "D": width, "DP": width, "BM": size, "BN": size, "EXACT": False}
+    constants = {"G": 1, "D": width, "DP": width, "BM": size, "BN": size, "EXACT": False}
     for kernel in (_triton_columns.rows, _triton_columns.columns):
         assert build(kernel, constants, capability, {"num_warps": 4, "num_stages": 3}) <= SHARED[capability] * 1024
 

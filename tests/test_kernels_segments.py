@@ -86,6 +86,27 @@ def test_triton_row_that_sees_nothing_but_sinks():
     assert (got[:, 20:] - want.transpose(1, 2)).abs().max() <= WITHIN[q.dtype]
 
 
+@triton_runs
+@pytest.mark.parametrize("name", ["calibrate", "redistribute"])
+def test_triton_segment_of_next_to_no_attention(name):
+    """What it is given goes to it all the same: 3e-8 of a row become a third of it, beyond what a half holds beside one."""
+    (q, k, v), _, _, strength, scale = case(SHAPES[0], DTYPES[-1], name)
+    column = torch.arange(70, device=DEVICE)
+    least = (column >= 3) & (column < 6)  # the lowest scores of most rows
+    q, k = torch.full_like(q, 1.0), torch.where(least[:, None], -17.0 * scale, 0.0).to(k).expand_as(k).contiguous()
+    rest = (~least).view(1, 1, 1, -1)
+    if name == "calibrate":
+        masks, form = [rest], Form(name, ())
+    else:
+        masks = [(least | (column == 1)).view(1, 1, 1, -1), (column < 2).view(1, 1, 1, -1)]
+        form = Form(name, (), 0.0, 0.0, False, torch.zeros(2, 70, dtype=torch.bool, device=DEVICE))
+    given = torch.full_like(strength, 0.65)
+    want = naive_forms.attend_segments(q, k, v, masks, form, given, scale)
+    got = attend_segments(q, k, v, masks, form, given, scale)
+    assert (got - want)[:, 6:].abs().max() <= WITHIN[q.dtype]
+    assert (want - v.double().mean(2)[:, None].repeat_interleave(2, 2))[:, 60:].abs().max() > 0.1
+
+
 @pytest.mark.parametrize("least", [0.0, 0.3])
 @pytest.mark.parametrize("strict", [True, False])
 def test_forms_are_what_methods_say_of_themselves(least, strict):

@@ -12,7 +12,7 @@ from headpatch.kernels._triton_segments import _scores
 
 
 @triton.jit
-def _place(HEADS, N: tl.constexpr):
+def _place(HEADS, N):
     """Row of the batch, place of the head among those asked for, and its id."""
     b = (tl.program_id(1) // N).to(tl.int64)
     i = tl.program_id(1) % N
@@ -22,10 +22,10 @@ def _place(HEADS, N: tl.constexpr):
     return b, i, h.to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["HEADS", "LSE", "n_q", "n_k", "scale"])
+@triton.jit(do_not_specialize=["HEADS", "LSE", "N", "n_q", "n_k", "scale"])
 def rows(
-    Q, K, HEADS, LSE, q_b, q_h, q_t, k_b, k_h, k_n, n_q, n_k, scale,
-    N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
+    Q, K, HEADS, LSE, q_b, q_h, q_t, k_b, k_h, k_n, N, n_q, n_k, scale,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
     b, _, h = _place(HEADS, N)
@@ -46,10 +46,10 @@ def rows(
     tl.store(LSE + tl.program_id(1).to(tl.int64) * n_q + at, top + tl.log2(total), mask=ok)
 
 
-@triton.jit(do_not_specialize=["HEADS", "LSE", "COUNTED", "SUMS", "c_b", "n_q", "n_k", "scale"])
+@triton.jit(do_not_specialize=["HEADS", "LSE", "COUNTED", "SUMS", "c_b", "N", "n_q", "n_k", "scale"])
 def columns(
-    Q, K, HEADS, LSE, COUNTED, SUMS, q_b, q_h, q_t, k_b, k_h, k_n, c_b, n_q, n_k, scale,
-    N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
+    Q, K, HEADS, LSE, COUNTED, SUMS, q_b, q_h, q_t, k_b, k_h, k_n, c_b, N, n_q, n_k, scale,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)  # the first keys are seen by most queries
     b, _, h = _place(HEADS, N)

@@ -33,15 +33,15 @@ def _members(M0, M1, cols, there, FORM: tl.constexpr):
     return in0, in1, in2
 
 
-_NUMBERS = ["m0_b", "m0_h", "m1_b", "m1_h", "s_b", "n_q", "n_k", "scale", "least", "ratio"]
+_NUMBERS = ["m0_b", "m0_h", "m1_b", "m1_h", "s_b", "N", "n_q", "n_k", "scale", "least", "ratio"]
 
 
 @triton.jit(do_not_specialize=["M0", "M1", "SPARED", "HEADS", "STRENGTH", *_NUMBERS])
 def attend(
     Q, K, V, OUT, HEADS, STRENGTH, M0, M1, SPARED,
-    q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n, y_b, y_h, y_t, m0_b, m0_h, m1_b, m1_h, s_b, n_q, n_k,
+    q_b, q_h, q_t, k_b, k_h, k_n, v_b, v_h, v_n, y_b, y_h, y_t, m0_b, m0_h, m1_b, m1_h, s_b, N, n_q, n_k,
     scale, least, ratio,
-    N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     FORM: tl.constexpr, STRICT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
@@ -106,8 +106,11 @@ def attend(
         seen = other > 0.0  # or there is nobody to hand the sinks' attention to
         w0 = tl.where(seen, g, 1.0)
         w_rest = tl.where(seen, 1.0 + (1.0 - g) * a0 / tl.where(seen, other, 1.0), 1.0)
-    # Weighted probabilities of at most one, which the values' type holds well.
-    most = tl.maximum(tl.maximum(w0, w1), tl.maximum(w2, w_rest))
+    w0 = tl.minimum(w0, 1e37)
+    w_rest = tl.minimum(w_rest, 1e37)
+    # Weighted probabilities of at most one, and no smaller than they need be: that the values' type holds well.
+    most = tl.maximum(w0 * tl.minimum(a0, 1.0), w_rest * tl.minimum(other, 1.0))
+    most = tl.maximum(most, tl.maximum(w1 * tl.minimum(a1, 1.0), w2 * tl.minimum(a2, 1.0)))
     w0 = w0 / most
     w1 = w1 / most
     w2 = w2 / most

@@ -50,10 +50,10 @@ def column_sums(q: Tensor, k: Tensor, counted: Tensor, scale: float, heads: Tens
     wide = max(16, 1 << (d - 1).bit_length())
     size = block(wide)
     constants = {
-        "N": count, "G": total // k.shape[1], "D": d, "DP": wide, "BM": size, "BN": size, "EXACT": q.dtype == torch.float32,
+        "G": total // k.shape[1], "D": d, "DP": wide, "BM": size, "BN": size, "EXACT": q.dtype == torch.float32,
     }  # fmt: skip
-    key = (q.dtype, count, constants["G"], d, heads is None)
-    places, numbers = (*outer(q), *outer(k)), (n_q, n_k, scale * math.log2(math.e))
+    key = (q.dtype, constants["G"], d, heads is None)
+    places, numbers = (*outer(q), *outer(k)), (count, n_q, n_k, scale * math.log2(math.e))
     kernels = _kernels()
     launch(
         kernels.rows, q.device, key, (-(-n_q // size), b * count, 1), (q, k, heads, lse, *places, *numbers), constants

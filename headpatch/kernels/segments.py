@@ -124,17 +124,17 @@ def attend_segments(
     bm, bn, warps, stages = _tile(n_q, wide)
     exact = q.dtype == torch.float32
     constants = {
-        "N": count, "G": total // k.shape[1], "D": d, "DP": wide, "BM": bm, "BN": bn, "FORM": form.name, "STRICT": form.strict,
+        "G": total // k.shape[1], "D": d, "DP": wide, "BM": bm, "BN": bn, "FORM": form.name, "STRICT": form.strict,
         "EXACT": exact,
     }  # fmt: skip
     y_b, y_t, y_h, _ = out.stride()
     args = (
         q, k, v, out, heads, strength, *masks, *(None,) * missing, spared,
         *outer(q), *outer(k), *outer(v), 0 if b == 1 else y_b, y_h, y_t, *at, *(0, 0) * missing,
-        spared.stride(0) if spared is not None and spared.shape[0] > 1 else 0, n_q, n_k,
+        spared.stride(0) if spared is not None and spared.shape[0] > 1 else 0, count, n_q, n_k,
         scale * math.log2(math.e), form.least, form.ratio,
     )  # fmt: skip
-    key = (q.dtype, count, constants["G"], d, bm, form.name, form.strict, heads is None)
+    key = (q.dtype, constants["G"], d, bm, form.name, form.strict, heads is None)
     grid = (-(-n_q // bm), b * count, 1)
     launch(_kernels().attend, q.device, key, grid, args, constants, warps, stages)
     return out
