@@ -32,6 +32,7 @@ from attention_cases import BEFORE, CASES, Case, Prompt, llava, recipe, tiny_vlm
 from bench_hf import twin
 from common import PAIRS, RESULTS, Row, alternate, machine, short_name, timed, write
 from transformers import DynamicCache, StaticCache
+from where_time_goes import describe, where_time_goes
 
 import headpatch
 
@@ -107,6 +108,11 @@ class Bench:
                 f"{self.name}, {case.method}: {how}, {what}", run(self.plain), run(self.patched), self.device, per=repeats,
                 pairs=self.pairs, bound=case.bound if self.promised else None,
             )  # fmt: skip
+            if self.args.profile:
+                for whose, model in (("untouched", self.plain), ("patched", self.patched)):
+                    print(
+                        f"{whose}, {repeats} prompts: {describe(where_time_goes(run(model), self.device))}", flush=True
+                    )
         row.notes = f"eager form {self._eager(case, prompt, run, row.untouched * repeats)}"
         return row
 
@@ -286,6 +292,7 @@ def main() -> None:
         "--compiled-layers", type=int, default=8, help="language layers of the compiled models (CUDA only)"
     )
     parser.add_argument("--seconds", type=float, default=210, help="nothing new is begun after so many")
+    parser.add_argument("--profile", action="store_true", help="print where the time of each prefill goes, too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()

@@ -20,11 +20,11 @@ __all__ = ["one_thread", "silent"]
 
 
 @pytest.mark.parametrize("kind", ["prefill", "prefill-text", "decode", "decode-eager"])
-def test_every_case_runs(kind, tmp_path, monkeypatch):
+def test_every_case_runs(kind, tmp_path, monkeypatch, capsys):
     # (Every method under a compiler: test_method_compiled.py.)
     only = "decode:pasta,decode:var" if kind == "decode" else kind
     words = ["bench", "--device", "cpu", "--quick", "--only", only, "--out", str(tmp_path), "--seconds", "1000"]
-    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "argv", [*words, *(["--profile"] if kind == "prefill-text" else [])])
     monkeypatch.setattr(bench, "STEPS", 2)
     bench.main()
     torch.compiler.reset()
@@ -34,6 +34,9 @@ def test_every_case_runs(kind, tmp_path, monkeypatch):
     expected = ["pasta", "var"] if kind == "decode" else expected
     assert [row["name"].split(", ")[1].split(":")[0] for row in found["rows"]] == expected
     assert all(row["bound"] is None for row in found["rows"]), "nothing is promised on a CPU"
+    if kind == "prefill-text":
+        said = capsys.readouterr().out
+        assert said.count("until the host is through") == 2 * len(expected) and "x aten::mm" in said
     if kind == "prefill":
         assert all("untouched" in row["notes"] for row in found["rows"])
         assert {
