@@ -47,7 +47,7 @@ class Bench:
         self.plain, self.name, self.device, self.args = model, name, device, args
         self.patched, self.eager = twin(model), twin(model)
         self.text = model.config.text_config
-        self.pairs = 3 if args.quick else PAIRS
+        self.pairs = 3 if args.quick else args.pairs
         self.promised = device.type == "cuda"
         self.compiled: Callable[[], None] | None = None
 
@@ -292,6 +292,9 @@ def main() -> None:
         "--compiled-layers", type=int, default=8, help="language layers of the compiled models (CUDA only)"
     )
     parser.add_argument("--seconds", type=float, default=210, help="nothing new is begun after so many")
+    parser.add_argument(
+        "--pairs", type=int, default=PAIRS, help="of timings; more where the host has other work to do"
+    )
     parser.add_argument("--profile", action="store_true", help="print where the time of each prefill goes, too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
