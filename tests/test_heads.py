@@ -7,7 +7,7 @@ import pickle
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from recipe_tools import HYBRID, LLAMA, SMOL, SPEECH
 
@@ -73,6 +73,7 @@ def test_a_selector_is_a_string(value):
         parse_selector(value)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.text(alphabet="0123456789.-*", max_size=12))
 def test_the_published_pattern_says_what_the_parser_says(text):
     try:
@@ -158,11 +159,13 @@ heads_of = st.dictionaries(
 )
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(heads_of)
 def test_to_selectors_is_the_inverse_of_expansion_on_a_hybrid(heads):
     assert expand_all(to_selectors(heads, HYBRID_TEXT).items(), HYBRID_TEXT) == heads
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(
     st.dictionaries(
         st.integers(0, 29), st.dictionaries(st.integers(0, 8), st.sampled_from([0.0, 2.5]), min_size=1), max_size=30

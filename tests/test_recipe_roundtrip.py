@@ -251,6 +251,7 @@ def _places(value: object):
             yield from _places(item)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=20) | st.sampled_from(PARTS))
 def test_parts_are_those_of_the_list(part):
     data = {"headpatch": 1, "patches": [{"method": "zerotuning", "part": part, "heads": {"0.0": 2.0}}]}
