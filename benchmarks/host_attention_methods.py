@@ -61,7 +61,7 @@ def as_on_a_gpu() -> Iterator[None]:
             (cells, "is_small", lambda call: True),
             (fused, "attends_segments", lambda *given: True),
             (fused, "attend_segments", spending("attend_segments", attended)),
-            (statistics, "sums_columns", lambda *given: True),
+            (statistics, "takes", lambda *given: True),
             (statistics, "column_sums", spending("column_sums", summed)),
             (segmentkeys, "extreme", spending("extreme", lambda x, *_: x.new_zeros(x.shape[:2], dtype=torch.bool))),
         ):

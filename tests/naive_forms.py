@@ -62,7 +62,7 @@ def column_sums(q: Tensor, k: Tensor, counted: Tensor, scale: float, heads: Tens
 def stand_in(monkeypatch: Any) -> list[Tensor | None]:
     """Let the adapter take the kernels' way on a CPU; gives what it was asked to attend to: heads of each call."""
     asked: list[Tensor | None] = []
-    monkeypatch.setattr(statistics, "sums_columns", lambda q, k: True)
+    monkeypatch.setattr(statistics, "takes", lambda q, k: True)
     monkeypatch.setattr(statistics, "column_sums", column_sums)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, masks: Any, form: Form, strength: Tensor, scale: float,

@@ -11,9 +11,9 @@ from headpatch.kernels.segments import FORMS, _tile
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed"),
+    pytest.mark.skipif(not HAS_TRITON, reason="builds kernels with Triton, which is not installed"),
     pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset"),  # Triton 3.9 about its own next version
-    pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter"),
+    pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter, which this run has chosen, compiles nothing"),
 ]
 OUTER = [f"{x}_{dim}" for x in ("q", "k", "v", "y") for dim in ("b", "h", "t")]
 INTEGERS = ["N", "n_q", "n_k", "m0_b", "m0_h", "m1_b", "m1_h", "s_b", "c_b", "x_b", "x_t", "length"]

@@ -142,7 +142,8 @@ def test_forms_that_do_not_fit():
     assert attends_segments(q, k, v) is False  # fp32
 
 
-@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="asks which CUDA tensors the kernel takes, and there is no CUDA device")
 def test_what_the_kernel_takes():
     """Rows that begin at odd places, other widths and wide numbers go another way."""
     x = torch.zeros(2, 4, 64, 64, device="cuda", dtype=torch.bfloat16)

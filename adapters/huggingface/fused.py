@@ -6,13 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from headpatch.adapters.huggingface.cells import (
-    biased_keys_suit,
-    by_cells,
-    few_suit,
-    plainly,
-    spares_queries,
-)  # fmt: skip
+from headpatch.adapters.huggingface.cells import biased_keys_suit, by_cells, few_suit, plainly, spares_queries
 from headpatch.adapters.huggingface.mass import Call
 from headpatch.adapters.huggingface.plan import Edit, LayerPlan
 from headpatch.adapters.huggingface.scores import first_acted_on
@@ -41,11 +35,10 @@ def by_segments(call: Call, plan: LayerPlan, server: OperandServer) -> Tensor:
 
 def by_form(call: Call, edits: tuple[Edit, ...], server: OperandServer) -> Tensor | None:
     """Attention under a single edit as its method's form says; None where there is no form, or no kernel for this call."""
-    n_q, n_k = call.q.shape[2], call.seen.keys
-    if len(edits) != 1 or (n_q == 1 and n_k > STEP_KEYS) or not biased_keys_suit(call):
+    edit, method, n_q, n_k = edits[0], edits[0].method, call.q.shape[2], call.seen.keys
+    if len(edits) != 1 or not isinstance(method, MassMethod) or type(method).form is MassMethod.form:
         return None
-    edit, method = edits[0], edits[0].method
-    if not isinstance(method, MassMethod) or type(method).form is MassMethod.form:
+    if (n_q == 1 and n_k > STEP_KEYS) or not biased_keys_suit(call):
         return None
     k, v = call.k[:, :, :n_k], call.v[:, :, :n_k]
     if not attends_segments(call.q, k, v):

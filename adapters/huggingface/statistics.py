@@ -13,7 +13,8 @@ from headpatch.adapters.huggingface.cells import biased_keys_suit
 from headpatch.adapters.huggingface.lse import attend, products, queries_at_once, repeat_kv, score_dtype
 from headpatch.adapters.huggingface.mass import of_heads
 from headpatch.errors import EngineError
-from headpatch.kernels.columns import column_sums, sums_columns
+from headpatch.kernels.columns import column_sums
+from headpatch.kernels.segments import takes
 
 if TYPE_CHECKING:
     from headpatch.adapters.huggingface.attention import LayerState
@@ -135,7 +136,7 @@ class CallStatistics:
     def _causal_sums(self, heads: Tensor, asked: Tensor, within: bool) -> Tensor:
         """:meth:`column_sums` of some heads of a causal prompt, in few and large blocks: each costs its launches."""
         n_q, n_k = self.call.q.shape[2], self.call.k.shape[2]
-        if sums_columns(self.call.q, k := self.call.k[:, :, :n_q]):
+        if takes(self.call.q, k := self.call.k[:, :, :n_q]):
             sums = column_sums(self.call.q, k, asked, self.call.scale, heads)
             return sums if n_k == n_q else nn.functional.pad(sums, (0, n_k - n_q))
         some = of_heads(self.call, heads)

@@ -10,14 +10,9 @@ import torch
 from torch import Tensor
 
 from headpatch.kernels.launch import launch
-from headpatch.kernels.segments import outer, takes
+from headpatch.kernels.segments import outer, padded
 
-__all__ = ["block", "column_sums", "sums_columns"]
-
-
-def sums_columns(q: Tensor, k: Tensor) -> bool:
-    """Whether :func:`column_sums` runs where `q` lies and takes these tensors: see :func:`headpatch.kernels.segments.takes`."""
-    return takes(q, k)
+__all__ = ["block", "column_sums"]
 
 
 def column_sums(q: Tensor, k: Tensor, counted: Tensor, scale: float, heads: Tensor | None = None) -> Tensor:
@@ -26,7 +21,8 @@ def column_sums(q: Tensor, k: Tensor, counted: Tensor, scale: float, heads: Tens
     Parameters
     ----------
     q
-        [b, H, q, d], where :func:`sums_columns` holds; the queries are the last of the keys' tokens, and see what is not behind them.
+        [b, H, q, d], where :func:`headpatch.kernels.segments.takes` holds; the queries are the last of the keys' tokens, and see
+        what is not behind them.
     k
         [b, K, n, d], K a divisor of H.
     counted
@@ -47,7 +43,7 @@ def column_sums(q: Tensor, k: Tensor, counted: Tensor, scale: float, heads: Tens
     lse = torch.empty(b, count, n_q, dtype=torch.float32, device=q.device)
     sums = torch.empty(b, count, n_k, dtype=torch.float32, device=q.device)
     counted = counted if counted.stride(-1) == 1 else counted.contiguous()
-    wide = max(16, 1 << (d - 1).bit_length())
+    wide = padded(d)
     size = block(wide)
     constants = {
         "G": total // k.shape[1], "D": d, "DP": wide, "BM": size, "BN": size, "EXACT": q.dtype == torch.float32,

@@ -25,7 +25,7 @@ from headpatch.kernels.first_token import triton_available
 from headpatch.kernels.launch import launch
 from headpatch.operands import Segment
 
-__all__ = ["FORMS", "Form", "attend_segments", "attends_segments", "outer", "takes"]
+__all__ = ["FORMS", "Form", "attend_segments", "attends_segments", "outer", "padded", "takes"]
 
 FORMS = {"calibrate": 1, "redistribute": 2}
 """How many masks of keys each form has."""
@@ -120,12 +120,11 @@ def attend_segments(
     spared = None if form.spared is None else _by_key(form.spared)
     at = [n for m in masks for n in (m.stride(0) if m.shape[0] > 1 else 0, m.stride(1) if m.shape[1] > 1 else 0)]
     missing = 2 - len(masks)
-    wide = max(16, 1 << (d - 1).bit_length())
+    wide = padded(d)
     bm, bn, warps, stages = _tile(n_q, wide)
-    exact = q.dtype == torch.float32
     constants = {
         "G": total // k.shape[1], "D": d, "DP": wide, "BM": bm, "BN": bn, "FORM": form.name, "STRICT": form.strict,
-        "EXACT": exact,
+        "EXACT": q.dtype == torch.float32,
     }  # fmt: skip
     y_b, y_t, y_h, _ = out.stride()
     args = (
@@ -150,6 +149,11 @@ def _tile(n_q: int, wide: int) -> tuple[int, int, int, int]:
 def _by_key(mask: Tensor) -> Tensor:
     """A mask whose last dimension has stride 1."""
     return mask if mask.stride(-1) == 1 or mask.shape[-1] == 1 else mask.contiguous()
+
+
+def padded(width: int) -> int:
+    """What a kernel has in place of a head's width: a power of two, at least 16."""
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def outer(x: Tensor) -> tuple[int, int, int]:
