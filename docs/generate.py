@@ -92,15 +92,9 @@ def matrix() -> str:
     found, rows = adapters(), []
     for label, method in (variant for cls in built_in() for variant in _variants(cls)):
         needs = method.operands()
-        cells = [
-            "; ".join(refusals(needs, adapter.supplies())) or _exact(needs, adapter.supplies()) for adapter in found
-        ]
+        cells = ["; ".join(refusals(needs, adapter.supplies())) or "exact" for adapter in found]
         rows.append((label, ", ".join(f"`{name}`" for name in needs) or "none", method.scope, *cells))
     return table(("method", "needs", "scope", *(adapter.name for adapter in found)), rows)
-
-
-def _exact(needs: Any, supplies: Any) -> str:
-    return "exact on CPUs" if any("gpu" in supplies[name].not_with for name in needs) else "exact"
 
 
 def _variants(cls: Any) -> list[tuple[str, Any]]:

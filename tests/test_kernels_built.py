@@ -28,14 +28,16 @@ SHARED = {80: 163, 86: 99, 90: 227}
 """KiB of shared memory that a program may take, by compute capability."""
 
 
-def build(kernel: Any, constants: dict[str, Any], capability: int, options: dict[str, int]) -> int:
+def build(
+    kernel: Any, constants: dict[str, Any], capability: int, options: dict[str, int], types: dict[str, str] = TYPES
+) -> int:  # fmt: skip
     """Compile as launch.py lets it be compiled; bytes of shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else TYPES[n] for n in names}
+    signature = {n: "constexpr" if n in constants else types[n] for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in ALIGNED and n not in constants}
     values = {(names.index(n),): value for n, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
@@ -77,6 +79,33 @@ def test_sums_of_columns(width, capability):
     constants = {"G": 1, "D": width, "DP": width, "BM": size, "BN": size, "EXACT": False}
     for kernel in (_triton_columns.rows, _triton_columns.columns):
         assert build(kernel, constants, capability, {"num_warps": 4, "num_stages": 3}) <= SHARED[capability] * 1024
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("kind", ["weights", "forms"])
+def test_edits_over_a_paged_cache(kind, width, capability):
+    from headpatch.kernels import _triton_paged_segments as source
+    from headpatch.kernels.paged_segments import _block, _tile
+
+    tables = dict.fromkeys(["HEADS", "ROW_SLOT", "RANGES", "BOUNDS", "STARTS", "LENGTHS", "TABLE", "MARK_OF"], "*i32")
+    types = {
+        **TYPES, **tables, **dict.fromkeys(["EDITS", "PARTS"], "*fp32"), "ROW_PROMPT": "*i64", "MARKS": "*u8", "softcap": "fp32",
+        **dict.fromkeys(["n_rows", "n_tokens", "t_r", "e_s", "e_h", "m_b", "m_h", "l_t", "l_h", "window", "parts"], "i32"),
+    }  # fmt: skip
+    forms, none = kind == "forms", {} if kind == "forms" else {"MARKS": None, "MARK_OF": None}
+    shape = {"G": 4, "SIZE": 16, "D": width, "DP": width}
+    of_model = {"WINDOW": True, "SOFTCAP": True, "EXACT": False}
+    has = {"HAS_FORM": forms, "HAS_POST": forms}
+    for tokens, rows in ((1, 1), (1024, 1)):
+        bm, bn, warps, stages = _tile(tokens, rows, width)
+        steps, options = (0 if tokens == 1 else 12), {"num_warps": warps, "num_stages": stages}
+        constants = {**shape, "BM": bm, "BN": bn, "STEPS": steps, **has, "SPLIT": tokens == 1, **of_model, **none}
+        assert build(source.attend, constants, capability, options, types) <= SHARED[capability] * 1024
+    usual = {"num_warps": 4, "num_stages": 3}
+    build(source.finish, {"D": width, "DP": width, "STEPS": 12, **has}, capability, usual, types)
+    constants = {**shape, "BN": _block(width), "STEPS": 12, **of_model}
+    assert build(source.find_sinks, constants, capability, usual, types) <= SHARED[capability] * 1024
 
 
 def test_extreme_tokens():

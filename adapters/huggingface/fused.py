@@ -10,7 +10,7 @@ from headpatch.adapters.huggingface.cells import biased_keys_suit, by_cells, few
 from headpatch.adapters.huggingface.mass import Call
 from headpatch.adapters.huggingface.plan import Edit, LayerPlan
 from headpatch.adapters.huggingface.scores import first_acted_on
-from headpatch.kernels.segments import attend_segments, attends_segments
+from headpatch.kernels.segments import FORMS, attend_segments, attends_segments
 from headpatch.methods.base import MassMethod
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def by_form(call: Call, edits: tuple[Edit, ...], server: OperandServer) -> Tenso
     if not attends_segments(call.q, k, v):
         return None
     form = method.form(server.operands_of(edit, 0, n_q))
-    if form is None:
+    if form is None or form.name not in FORMS:
         return None
     masks = [m[..., :n_k] for m in server.segment_masks(form.segments)(0, 1)]
     if len(edit.heads) == call.q.shape[1]:

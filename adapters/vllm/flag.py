@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from headpatch.adapters.vllm.plan import compile_recipe
+from headpatch.adapters.vllm.segment_numbers import check_layers
 from headpatch.adapters.vllm.shape import model_shape
 from headpatch.adapters.vllm.split import Split
 from headpatch.adapters.vllm.split_flag import find_split
@@ -35,7 +37,7 @@ SLOTS = 8
 MAX_SLOTS = 1024
 MAX_UNIT = 1024
 KNOWN = {
-    "recipe", "recipes", "default", "allow_inline", "admin", "arrays", "slots", "kv_unit", "unverified", "resolved",
+    "recipe", "recipes", "default", "allow_inline", "admin", "arrays", "segments", "slots", "kv_unit", "unverified", "resolved",
 }  # fmt: skip
 
 
@@ -59,6 +61,9 @@ class Flag:
         Places for KV heads in a full piece, where a cache policy cuts layers (:mod:`headpatch.adapters.vllm.split`); None: chosen.
     arrays
         Whether recipes that come later may have arrays: tables for vectors of all heads are made, and captured in graphs.
+    segments
+        Whether recipes that come later may edit attention to segments of keys: on GPUs a kernel is armed for all heads (on CPUs,
+        engines that take later recipes at all always take such ones).
     unverified
         Start although the engine's version, or a feature, is one that headpatch was never run with.
     """
@@ -70,6 +75,7 @@ class Flag:
     slots: int = SLOTS
     kv_unit: int | None = None
     arrays: bool = False
+    segments: bool = False
     unverified: bool = False
 
     @classmethod
@@ -109,7 +115,7 @@ class Flag:
         if unit is not None and not _whole(unit, MAX_UNIT):
             raise _error(f"{unit!r} is no number of KV heads", "kv_unit", f"1 to {MAX_UNIT}")
         switches = {}
-        for name in ("allow_inline", "admin", "arrays", "unverified"):
+        for name in ("allow_inline", "admin", "arrays", "segments", "unverified"):
             switches[name] = given.get(name, False)
             if not isinstance(switches[name], bool):
                 raise _error(f"{switches[name]!r} is neither true nor false", name, "true or false")
@@ -118,7 +124,7 @@ class Flag:
     @property
     def open(self) -> bool:
         """Whether recipes other than the flag's may come: then every layer is armed."""
-        return self.allow_inline or self.admin or self.arrays or not self.recipes
+        return self.allow_inline or self.admin or self.arrays or self.segments or not self.recipes
 
 
 @dataclass(frozen=True)
@@ -135,8 +141,8 @@ class Armed:
         Layers whose kernels are patched: None for all.
     weights, scales, rows, vectors
         Whether any recipe may have first-token weights, head scales, edits that differ from row to row, vectors in these.
-    segments
-        Whether any recipe may edit attention to segments of keys.
+    segments, later_segments
+        Whether any recipe may edit attention to segments of keys, and whether one that comes later may.
     features
         Features of this engine under which some operands cannot be had (:mod:`headpatch.adapters.vllm.supplies`).
     graphs
@@ -161,12 +167,14 @@ class Armed:
     split: Split | None = None
     unverified: bool = False
     segments: bool = False
+    later_segments: bool = False
     features: frozenset[str] = frozenset()
 
     def to_plain(self) -> dict[str, Any]:
         """As plain values, for the config."""
         plain = {name: getattr(self, name) for name in ("default", "allow_inline", "admin", "slots", "unverified")}
-        plain |= {name: getattr(self, name) for name in ("weights", "scales", "rows", "vectors", "segments", "graphs")}
+        plain |= {name: getattr(self, name) for name in ("weights", "scales", "rows", "vectors", "graphs")}
+        plain |= {name: getattr(self, name) for name in ("segments", "later_segments")}
         plain["features"] = sorted(self.features)
         plain["layers"] = None if self.layers is None else sorted(self.layers)
         plain["recipes"] = {
@@ -197,8 +205,11 @@ class Armed:
             return ""
         methods = [patch.method for patch in recipe.patches]
         rows = [method for method in methods if is_row_edit(method)]
-        if any(map(is_segment_edit, _masses(recipe))) and not self.segments:
-            return "edits of attention to segments of keys were not armed when the engine started"
+        if any(map(is_segment_edit, _masses(recipe))) and not self.later_segments:
+            return (
+                "edits of attention to segments of keys were not armed for later recipes when the engine started "
+                '({"segments": true} in the flag does it)'
+            )
         if self.graphs and not all(map(is_affine, rows)):
             return "a patch that differs from row to row must be in a recipe that the flag names"
         if (rows and not self.rows) or (recipe.tensors is not None and not self.vectors):
@@ -244,6 +255,8 @@ def check_fits(recipe: Recipe, shape: ModelShape, features: frozenset[str]) -> N
     for patch in resolve(recipe, shape):
         for layer, heads in patch.heads.items():
             patch.pick(layer, list(heads))
+    if "gpu" in features and any(map(is_segment_edit, _masses(recipe))):
+        check_layers(compile_recipe(recipe, shape), recipe.source or recipe.name or "recipe")
 
 
 def arm(vllm_config: Any) -> Armed | None:
@@ -266,12 +279,17 @@ def arm(vllm_config: Any) -> Armed | None:
     split = find_split(flag, shape, vllm_config)
     if split is not None:
         features |= {"kv_windows"}
+        if flag.segments:
+            raise _error(
+                "stands beside a recipe whose cache policy cuts layers", "segments", "leave one of the two out"
+            )
         for recipe in flag.recipes.values():
             check_supplied(recipe, features)
     patched = [patch for recipe in flag.recipes.values() for patch in _edits(recipe, shape)]
     rows = any(is_row_edit(patch.method) for patch in patched)
     graphs = may_capture_whole_model(vllm_config)
     has_arrays = any(recipe.tensors is not None for recipe in flag.recipes.values())
+    later = flag.segments or (flag.open and not features & {"gpu", "kv_windows"})
     vectors = has_arrays or flag.arrays or (flag.open and not graphs)
     found = Armed(
         recipes=flag.recipes, default=flag.default, allow_inline=flag.allow_inline, admin=flag.admin, slots=flag.slots,
@@ -280,7 +298,7 @@ def arm(vllm_config: Any) -> Armed | None:
         scales=flag.open or any(patch.method.family == "output" and not is_row_edit(patch.method) for patch in patched),
         rows=rows or flag.arrays or (flag.open and not graphs), vectors=vectors, graphs=graphs,
         split=split, unverified=flag.unverified, features=features,
-        segments=any(is_segment_edit(patch.method) for patch in patched) or (flag.open and not features & {"gpu", "kv_windows"}),
+        segments=later or any(is_segment_edit(patch.method) for patch in patched), later_segments=later,
     )  # fmt: skip
     vllm_config.additional_config = {**config, KEY: {**given, "resolved": json.loads(json.dumps(found.to_plain()))}}
     return found

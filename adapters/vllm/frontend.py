@@ -22,9 +22,10 @@ from headpatch.adapters.vllm.flag import NONE, Armed, check_fits, check_name
 from headpatch.adapters.vllm.one_step import WHOLE, longest_prompt, too_many_images
 from headpatch.adapters.vllm.prompts import image_ranges, prompt_content, span_ranges, text_of
 from headpatch.adapters.vllm.request import FIELD, PREFIX, Wish, pack, read_wish, salted
+from headpatch.adapters.vllm.row_ranges import MOST, ranges_needed
 from headpatch.adapters.vllm.shape import model_shape
 from headpatch.adapters.vllm.split_flag import refuse_policy
-from headpatch.adapters.vllm.supplies import whole_prompt
+from headpatch.adapters.vllm.supplies import is_segment_edit, whole_prompt
 from headpatch.errors import EngineError, HeadpatchError, RecipeError
 from headpatch.recipe import Recipe
 from headpatch.registry import closest
@@ -202,6 +203,10 @@ class FrontEnd:
                 raise bad_request(str(error)) from None
         if needs & IMAGES:
             found["images"] = image_ranges(features)
+        if (count := ranges_needed(found.get("spans", ()), found.get("images", ()))) > MOST:
+            raise bad_request(
+                f"spans and images of a request may be {MOST} separate ranges of tokens, these are {count}"
+            )
         if whole_prompt(entry.recipe):
             found[WHOLE] = True
             self._check_whole(ids, features)
@@ -372,7 +377,7 @@ def _check_weights(recipe: Recipe, low: float) -> None:
     if low <= 0:
         return
     for patch in recipe.patches:
-        if patch.method.family != "mass":
+        if patch.method.family != "mass" or is_segment_edit(patch.method):
             continue
         strengths = torch.tensor([value for _, value in patch.heads], dtype=torch.float64)
         weights = patch.method.weights(strengths)  # type: ignore[attr-defined]

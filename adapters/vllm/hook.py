@@ -171,6 +171,11 @@ class LayerPatch:
         self._edit = choose(self)
         self.how = self._edit.how
 
+    def segment_heads(self) -> Tensor:
+        """This rank's query heads whose attention to segments may be edited, int64; known once the layer is ready."""
+        found = getattr(self._edit, "segments", None)
+        return torch.arange(self.num_heads) if found is None else found.heads.cpu()
+
     def forward(
         self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Any, output: Tensor,
         *args: Any, **kwargs: Any,

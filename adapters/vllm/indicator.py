@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from headpatch.adapters.vllm.gpu_segments import GpuSegments
 from headpatch.adapters.vllm.masses import Run, Tap, row_of_token
 from headpatch.adapters.vllm.rowedits import edit_rows
 from headpatch.adapters.vllm.tables import NOBODY
-from headpatch.errors import EngineError
+from headpatch.errors import EngineError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from headpatch.adapters.vllm.hook import LayerPatch
@@ -42,6 +43,12 @@ class TritonEdit:
         if key not in worker.scratch:
             worker.scratch[key] = torch.zeros(cache.shape[0], cache.shape[2], dtype=cache.dtype, device=cache.device)
         self.indicator: Tensor = worker.scratch[key]
+        self.segments = GpuSegments(patch) if worker.armed.segments else None
+        if self.segments is not None and self.segments.marks is not None:
+            raise UnsupportedModelError(
+                f"layer {patch.index}: operand 'column_sinks' is not supplied by the attention backend {patch.backend}; "
+                "choose FLASH_ATTN or FLEX_ATTENTION (--attention-backend)"
+            )
 
     def __call__(self, run: Run, query: Tensor, kv_cache: Tensor, md: Any, output: Tensor) -> Any:
         calls: list[tuple[Callable[..., Any], dict[str, Any]]] = []
@@ -81,6 +88,9 @@ class TritonEdit:
             v0 = kv_cache[first, :, 0, d:][row].float().repeat_interleave(heads // self.patch.num_kv_heads, 1)
             new = ((out.float() + a * v0) / (1.0 + a)).to(out.dtype)
             out.copy_(torch.where(good.unsqueeze(-1), new, out))
+        if self.segments is not None:
+            one = getattr(md, "max_query_len", 0) == 1
+            self.segments(query[:n].view_as(out), out, None, md.block_table[:rows], starts, md.seq_lens[:rows], one)
         if self.worker.armed.scales:
             c = torch.where(mine[:, None], self.patch.head_scale[at], 1.0).unsqueeze(-1)
             out.copy_((out.float() * c).to(out.dtype))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from headpatch.adapters.vllm.gpu_segments import GpuSegments
 from headpatch.errors import EngineError, UnsupportedModelError
 from headpatch.kernels.paged import PagedMerge
 
@@ -118,12 +119,14 @@ class FusedEdit:
             "head_scale": self.head_scale, "rows": tables.row_slot.shape[0], **where,
         }  # fmt: skip
         self.rows = worker.armed.rows
+        self.segments = GpuSegments(patch) if worker.armed.segments else None
+        self.needs_lse = self.weights or (self.segments is not None and self.segments.marks is not None)
         self.how = "lse" if self.weights else "scale" if worker.armed.scales else "rows"
 
     def __call__(self, run: Run, query: Tensor, kv_cache: Tensor, md: Any, output: Tensor) -> Any:
         # Under piecewise graphs this runs eagerly in every layer of every step: each needless view is paid there.
         n = int(md.num_actual_tokens)
-        if self.weights:
+        if self.needs_lse:
             box: list[Tensor] = []
 
             def listener(original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -152,8 +155,11 @@ class FusedEdit:
             table = table[:rows]
         if lengths.shape[0] != rows:
             lengths = lengths[:rows]
+        one = getattr(md, "max_query_len", 0) == 1
+        if self.segments is not None:
+            self.segments(query, output, lse, table, starts, lengths, one)
         if self.weights or self.head_scale is not None:
-            self.merge(query, output, lse, table, starts, lengths, getattr(md, "max_query_len", 0) == 1)
+            self.merge(query, output, lse, table, starts, lengths, one)
         if self.rows:
             from headpatch.adapters.vllm.rowedits import edit_rows
 

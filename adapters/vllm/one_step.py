@@ -4,7 +4,7 @@ The scheduler cuts a prompt where a step's budget ends, and takes up whatever of
 (``whole`` in their field) do neither: they read nothing from the prefix cache, and one whose prompt does not fit into what is left of
 a step waits at the head of the queue for the next, as vLLM's own requests do where there is no room for their keys. A prompt that
 fits into no step at all is refused by the front end. Once it has come, nothing is special any more: what was derived stays with the
-request on the workers, preemption or not.
+request on CPU workers, preemption or not; on GPUs it lies beside the keys, is lost with them, and derived again when they are.
 """
 
 from __future__ import annotations
@@ -59,11 +59,14 @@ def too_many_images(vllm_config: Any, features: Any) -> bool:
     return room is not None and sum(int(feature.mm_position.length) for feature in features or ()) > room
 
 
-def hold(allocate: Callable[..., Any]) -> Callable[..., Any]:
-    """``KVCacheManager.allocate_slots`` that has no room for a part of a prompt which must come whole."""
+def hold(allocate: Callable[..., Any], again: bool = False) -> Callable[..., Any]:
+    """``KVCacheManager.allocate_slots`` that has no room for a part of a prompt which must come whole.
+
+    `again`: after preemption, too, for what was derived lies beside the keys and goes with them.
+    """
 
     def allocate_slots(request: Any, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
-        fresh = request.num_computed_tokens == 0 and not getattr(request, "num_preemptions", 0)
+        fresh = request.num_computed_tokens == 0 and (again or not getattr(request, "num_preemptions", 0))
         if fresh and num_new_tokens < request.num_prompt_tokens and _is_whole(request):
             return None
         return allocate(request, num_new_tokens, *args, **kwargs)
@@ -94,5 +97,7 @@ def _scheduler_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 
     found = armed(getattr(self, "vllm_config", None))
     if found is not None and found.segments:
-        self.kv_cache_manager.allocate_slots = hold(self.kv_cache_manager.allocate_slots)
+        self.kv_cache_manager.allocate_slots = hold(
+            self.kv_cache_manager.allocate_slots, again="gpu" in found.features
+        )
     return result

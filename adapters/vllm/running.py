@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from headpatch.adapters.vllm.one_step import WHOLE
 from headpatch.adapters.vllm.tables import NOBODY
 
 __all__ = ["Ranges", "Running", "prompt_len"]
@@ -28,6 +29,8 @@ class Running:
         Tokens of its prompt.
     spans, images
         Positions of the caller's spans, and of image placeholder tokens, in the prompt.
+    whole
+        Whether its prompt must come in one step.
     kept
         What was derived from its prompt and stays what it is: over steps, and over preemption.
     """
@@ -36,12 +39,14 @@ class Running:
     prompt: int = 0
     spans: Ranges = ()
     images: Ranges = ()
+    whole: bool = False
     kept: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, slot: int, prompt: int, wire: Mapping[str, Any]) -> Running:
         """From what the front end sent with the request."""
-        return cls(slot, prompt, _ranges(wire.get("spans", ())), _ranges(wire.get("images", ())))
+        spans, images = (_ranges(wire.get(name, ())) for name in ("spans", "images"))
+        return cls(slot, prompt, spans, images, bool(wire.get(WHOLE)))
 
 
 def _ranges(pairs: Iterable[Any]) -> Ranges:

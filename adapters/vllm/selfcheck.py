@@ -159,7 +159,7 @@ def _check(worker: Worker, patch: LayerPatch, runner: Any) -> tuple[float, float
             if marked is not None:
                 patch.weight[spare], patch.head_scale[spare] = 1.0, 1.0
                 with marked:
-                    edited = _run(worker, patch, md, query, spare, tables, blocks)
+                    edited = _run(worker, patch, md, query, spare, tables, blocks, alone=True)
                 marked.check_bits(untouched, edited, lengths[0])
                 wanted = _reference(patch, rows, done, lengths, None, None, marked=marked)
                 worst = max(worst, float((edited.double().cpu() - wanted).abs().max()) / size)
@@ -277,14 +277,19 @@ def _builder(worker: Worker, patch: LayerPatch, runner: Any) -> Any:
 
 
 def _run(
-    worker: Worker, patch: LayerPatch, md: Any, tensors: Any, slot: int | None, tables: Any, blocks: list[list[int]]
-) -> Tensor:
-    """Attention of these queries: untouched where `slot` is None, else under that slot, through the path that serving takes."""
+    worker: Worker, patch: LayerPatch, md: Any, tensors: Any, slot: int | None, tables: Any, blocks: list[list[int]],
+    alone: bool = False,
+) -> Tensor:  # fmt: skip
+    """Attention of these queries: untouched where `slot` is None, else under that slot, through the path that serving takes.
+
+    `alone`: the second row is under none.
+    """
     query, key, value = tensors
     out = torch.empty(query.shape[0], patch.num_heads, patch.head_dim, dtype=patch.layer.dtype, device=query.device)
     owner = NOBODY if slot is None else slot
-    tables.mark_blocks([row[0] for row in blocks], [owner, owner])
-    tables.order([(owner, p) for p in PROMPTS])  # prompt lengths: no constant edit looks at them
+    owners = (owner, NOBODY if alone else owner)
+    tables.mark_blocks([row[0] for row in blocks], owners)
+    tables.order(list(zip(owners, PROMPTS, strict=True)))  # prompt lengths: no constant edit looks at them
     worker.steps.clear()
     call = patch.original if slot is None else patch.forward
     call(patch.layer, query, key, value, patch.cache(), md, out)

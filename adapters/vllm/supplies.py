@@ -16,11 +16,13 @@ __all__ = [
     "SUPPLIES", "check_supplied", "engine_features", "is_affine", "is_row_edit", "is_segment_edit", "whole_prompt",
 ]  # fmt: skip
 
-_SEGMENT = ("gpu", "alibi", "kv_windows")
+_SEGMENT = ("alibi", "kv_windows")
 _WHOLE = (*_SEGMENT, "kv_connector", "recurrent_layers", "this_scheduler")
 _IMAGE = (*_SEGMENT, "no_image_tokens")
 SUPPLIES: dict[str, Supply] = {
-    "first_token": Supply(not_with=("alibi",), note="constant weights, per request; on CPUs any edit"),
+    "first_token": Supply(
+        not_with=("alibi",), note="per request; on GPUs constant weights and the forms of one kernel, on CPUs any edit"
+    ),
     "spans": Supply(not_with=_SEGMENT, note="given with the request"),
     "beside_spans": Supply(not_with=_SEGMENT, note="given with the request"),
     "column_sinks": Supply(not_with=_WHOLE, note="prompts come in one step, and are not read from the prefix cache"),

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from headpatch.adapters.vllm.plan import LayerEdits, RowEdit, compile_recipe
+from headpatch.adapters.vllm.segment_numbers import numbers
 from headpatch.errors import EngineError
 from headpatch.kernels.affine import ALWAYS
+from headpatch.kernels.paged_segments import WIDTH
 
 if TYPE_CHECKING:
     from headpatch.heads import ModelShape
@@ -61,6 +63,8 @@ class Slot:
 class Tables:
     """The tables of one engine on one rank.
 
+    `segments`: edits of attention to segments are kept as numbers.
+
     `local` says by layer which of the model's heads are here, in the order of the tables, in one sequence for each part of the layer
     that runs by itself; a part is known by where its heads begin.
 
@@ -71,6 +75,9 @@ class Tables:
     factor, shift, start, stop
         [layers, slots, heads], [layers, slots, heads, d] fp32 (None where no recipe may have vectors) and [layers, slots] int64:
         edits of some positions; see :class:`~headpatch.adapters.vllm.plan.Affine`. A slot without any has an empty range.
+    numbers
+        [layers, slots, heads, any] fp32, edits of attention to segments as :mod:`headpatch.adapters.vllm.segment_numbers` has them;
+        None where those are code (CPUs) or none is armed.
     block_slot
         [blocks] int32: slot by first block, in the blocks of the engine's block pool.
     row_slot, row_prompt
@@ -79,7 +86,7 @@ class Tables:
 
     def __init__(
         self, shape: ModelShape, local: Sequence[Sequence[Sequence[int]]], slots: int, blocks: int, rows: int,
-        device: torch.device, vectors: bool = False,
+        device: torch.device, vectors: bool = False, segments: bool = False,
     ) -> None:  # fmt: skip
         heads = max((sum(map(len, parts)) for parts in local), default=0)
         self.shape, self.local, self.device = shape, list(local), device
@@ -88,6 +95,8 @@ class Tables:
         self.factor = torch.ones(len(local), slots, heads, device=device)
         width = max(shape.parts[shape.main].head_dim)
         self.shift = torch.zeros(len(local), slots, heads, width, device=device) if vectors else None
+        size = (len(local), slots, heads, WIDTH)
+        self.numbers = torch.zeros(size, device=device) if segments else None
         self.start = torch.zeros(len(local), slots, dtype=torch.int64, device=device)
         self.stop = torch.zeros_like(self.start)
         self.block_slot = torch.full((blocks,), NOBODY, dtype=torch.int32, device=device)
@@ -131,6 +140,7 @@ class Tables:
         scale, factor = torch.ones_like(weight), torch.ones_like(weight)
         shift = None if self.shift is None else torch.zeros(*weight.shape, self.shift.shape[3])
         start, stop = (torch.zeros(len(weight), dtype=torch.int64) for _ in range(2))
+        made = None if self.numbers is None else torch.zeros(*weight.shape, WIDTH)
         for layer, edits in slot.edits.items():
             if edits.affine is not None:
                 low, high = edits.affine.span
@@ -152,8 +162,10 @@ class Tables:
                         mine = edits.affine.shift[here]
                         shift[layer, begin:end, : mine.shape[1]] = mine
                 for by_place, listed in ((slot.rows, edits.rows), (slot.segments, edits.segments)):
-                    found = [edit.local(here) for edit in listed]
-                    by_place[layer, begin] = [edit.to(self.device) for edit in found if edit is not None]
+                    found = [local for edit in listed if (local := edit.local(here)) is not None]
+                    by_place[layer, begin] = [edit.to(self.device) for edit in found]
+                if made is not None and found:
+                    made[layer, begin:end] = numbers(found, len(here))
                 begin = end
         self.weight[:, index].copy_(weight)
         self.scale[:, index].copy_(scale)
@@ -162,6 +174,8 @@ class Tables:
         self.stop[:, index].copy_(stop)
         if self.shift is not None and shift is not None:
             self.shift[:, index].copy_(shift)
+        if self.numbers is not None and made is not None:
+            self.numbers[:, index].copy_(made)
 
     def use(self, index: int) -> None:
         """One more request uses a slot."""

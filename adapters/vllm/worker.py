@@ -11,6 +11,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from headpatch.adapters.vllm.request import FIELD, unpack
+from headpatch.adapters.vllm.row_ranges import RowRanges
 from headpatch.adapters.vllm.running import Running, prompt_len
 from headpatch.adapters.vllm.shape import model_shape
 from headpatch.adapters.vllm.tables import NOBODY, Tables
@@ -67,6 +68,7 @@ class Worker:
         self.steps: dict[int, Any] = {}
         self.scratch: dict[Any, Any] = {}
         self.batch: list[Running] = []
+        self.ranges: RowRanges | None = None
         self._ordered: list[str] | None = None
         self._beside: Any = None
         self._requests: dict[str, Running] = {}
@@ -102,7 +104,10 @@ class Worker:
             local[patch.index].append(patch.heads)
         slots = len({r.digest for r in self.armed.recipes.values()}) + self.armed.slots + SPARE
         blocks = int(kv_cache_config.num_blocks)
-        tables = Tables(self.shape, local, slots, blocks, rows, device, self.armed.vectors)
+        in_numbers = self.armed.segments and device.type != "cpu"
+        tables = Tables(self.shape, local, slots, blocks, rows, device, self.armed.vectors, in_numbers)
+        if tables.numbers is not None:
+            self.ranges = RowRanges(rows, int(scheduler.max_num_seqs), device)
         for recipe in self.armed.recipes.values():
             tables.put(recipe, pinned=True)
         windowed = any(patch.window for patch in self.layers)
@@ -195,8 +200,27 @@ class Worker:
                 tables.release(slot)
         for new in scheduler_output.scheduled_new_reqs:
             self._admit(new)
+        if tables.numbers is not None:
+            self._check_whole(scheduler_output)
         if not self.by_rows:
             self._mark_blocks(tables, scheduler_output)
+
+    def _check_whole(self, scheduler_output: Any) -> None:
+        """What is marked in a prompt's blocks must be found when all of it comes, or nothing would be: see one_step.py."""
+        cached, counts = scheduler_output.scheduled_cached_reqs, scheduler_output.num_scheduled_tokens
+        come = [(new.req_id, new.num_computed_tokens) for new in scheduler_output.scheduled_new_reqs]
+        come += [
+            (name, done)
+            for name, done in zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+            if name in cached.resumed_req_ids
+        ]
+        for name, done in come:
+            request = self._requests.get(name, Running())
+            if request.whole and (done or counts[name] < request.prompt):
+                raise EngineError(
+                    f"operand 'column_sinks' needs the whole prompt in one step, and of {request.prompt} tokens {counts[name]} came "
+                    f"behind {done}; this is a bug in headpatch, please report it"
+                )
 
     def _mark_blocks(self, tables: Tables, scheduler_output: Any) -> None:
         """Say whose the first blocks of requests are that are new or come back after preemption."""
@@ -235,6 +259,8 @@ class Worker:
             self._ordered = ids
             self.batch = [self._requests.get(request_id, Running()) for request_id in request_ids]
             self.tables.order([(request.slot, request.prompt) for request in self.batch])
+            if self.ranges is not None:
+                self.ranges.order(self.batch)
 
     # --- report ---------------------------------------------------------------------------------------------------------
 

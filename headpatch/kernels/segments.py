@@ -8,6 +8,10 @@ the algebra, and :class:`headpatch.methods.base.MassMethod` for who asks). Forms
 * ``redistribute`` (the image's tokens I and the sinks S, strength r; N are the image's others, ``I - S``): where ``m_I >= least``,
   ``m_N >= ratio m_I``, the row sees a sink in the image (`strict`) and its query is not spared, r of what S gets goes to N. VAR's.
 
+Two more are known to :mod:`headpatch.kernels.paged_segments` alone: ``raise`` (one segment, strength 1 / bound: a segment that
+gets less than `least` is multiplied by what brings it there, at most by the bound), and, of scores, ``amplify`` (each is raised by
+strength times its own size). ``weigh`` says that a method's constant weights act on queries that are not spared.
+
 Keys are read twice, masses and weights are held in fp32, nothing of the size queries x keys is stored.
 """
 
@@ -28,7 +32,7 @@ from headpatch.operands import Segment
 __all__ = ["FORMS", "Form", "attend_segments", "attends_segments", "outer", "padded", "takes"]
 
 FORMS = {"calibrate": 1, "redistribute": 2}
-"""How many masks of keys each form has."""
+"""How many masks of keys each form has that :func:`attend_segments` knows."""
 WIDEST = 256
 
 

@@ -268,6 +268,13 @@ class ScoresMethod(Method):
         """Positions outside of which :meth:`transform` changes nothing, as in :attr:`OutputMethod.span`; an adapter may know."""
         return (None, None)
 
+    def form(self, operands: Operands) -> Form | None:
+        """What :meth:`transform` does inside :attr:`span`, as one of the forms that fused kernels know; None: none.
+
+        As for :meth:`MassMethod.form`.
+        """
+        return None
+
     def transform(self, scores: Tensor, strength: Tensor, operands: Operands) -> Tensor:
         """New scores over the keys of one segment; called for each of them, with the scores as they were before.
 

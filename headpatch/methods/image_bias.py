@@ -22,6 +22,8 @@ from headpatch.operands import Segment
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from headpatch.kernels.segments import Form
+
 
 @dataclass(frozen=True)
 class ImageBias(MassMethod):
@@ -52,3 +54,8 @@ class ImageBias(MassMethod):
         if self.queries == "all":
             return edited
         return torch.where(operands["image_queries"][:, None], shares, edited)
+
+    def form(self, operands: Operands) -> Form | None:
+        from headpatch.kernels.segments import Form
+
+        return None if self.is_constant else Form("weigh", self.segments(), spared=operands["image_queries"])

@@ -32,6 +32,8 @@ from headpatch.operands import Segment
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from headpatch.kernels.segments import Form
+
 
 @dataclass(frozen=True)
 class PayAttentionToImage(ScoresMethod):
@@ -65,3 +67,8 @@ class PayAttentionToImage(ScoresMethod):
             return raised
         edited = operands["position"] >= operands["prompt_len"][:, None] - 1
         return torch.where(edited[:, None, :, None], raised, scores)
+
+    def form(self, operands: Operands) -> Form:
+        from headpatch.kernels.segments import Form
+
+        return Form("amplify", self.segments())

@@ -39,6 +39,8 @@ from headpatch.operands import Segment, first_token
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from headpatch.kernels.segments import Form
+
 
 @dataclass(frozen=True)
 class Pasta(MassMethod):
@@ -83,3 +85,8 @@ class Pasta(MassMethod):
         factor = torch.minimum(wanted, 1 / strength.clamp_min(1e-6)[:, None]).clamp_min(1.0)
         weighted = torch.stack([factor * marked, rest])
         return weighted / weighted.sum(0)
+
+    def form(self, operands: Operands) -> Form | None:
+        from headpatch.kernels.segments import Form
+
+        return None if self.is_constant else Form("raise", self.segments(), least=self.target_mass)

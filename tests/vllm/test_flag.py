@@ -28,7 +28,8 @@ SHAPE = ModelShape("llama", {"text": PartShape((4, 4), (2, 2), (8, 8))}, "text")
         ({"recipes": ["a.yaml"]}, "recipes"), ({"recipes": {"none": GOOD}}, "recipes"), ({"recipes": {"{x": GOOD}}, "recipes"),
         ({"recipes": {"a": GOOD}, "default": "b"}, "default"), ({"default": "a"}, "default"),
         ({"slots": 0}, "slots"), ({"slots": "8"}, "slots"), ({"slots": True}, "slots"), ({"slots": 10**9}, "slots"),
-        ({"admin": "yes"}, "admin"), ({"arrays": "yes"}, "arrays"), ({"allow_inline": 1}, "allow_inline"),
+        ({"admin": "yes"}, "admin"), ({"arrays": "yes"}, "arrays"), ({"segments": 1}, "segments"),
+        ({"allow_inline": 1}, "allow_inline"),
     ],
 )  # fmt: skip
 def test_a_wrong_flag_is_named(given: Any, key: str | None) -> None:
@@ -47,6 +48,7 @@ def test_forms_of_the_flag() -> None:
     assert (named.default, named.slots, named.open) == ("calm", 3, False)
     assert Flag.read({"recipes": {"calm": GOOD}, "default": "none"}).default is None
     assert Flag.read({"recipes": {"calm": GOOD}, "allow_inline": True}).open
+    assert Flag.read({"recipes": {"calm": GOOD}, "segments": True}).open
 
 
 def arm(recipes: dict[str, Any], **options: Any) -> Armed:
@@ -82,6 +84,9 @@ def test_what_was_not_armed_cannot_come_later() -> None:
     assert everything.unarmed(Recipe.from_dict(scale), SHAPE) == ""
     assert '{"arrays": true}' in everything.unarmed(Recipe.from_dict(ROWS), SHAPE)
     assert arm({}, layers=None, rows=True).unarmed(Recipe.from_dict(ROWS), SHAPE) == ""
+    spans = Recipe.from_dict({"headpatch": 1, "patches": [{"method": "pasta", "heads": {"1.0": 0.5}}]})
+    assert '{"segments": true}' in arm({}, layers=None, segments=True).unarmed(spans, SHAPE)  # those of the flag alone
+    assert arm({}, layers=None, segments=True, later_segments=True).unarmed(spans, SHAPE) == ""
     eager = arm({}, graphs=False)
     assert "layer 0 was not armed" in eager.unarmed(Recipe.from_dict(ROWS), SHAPE)
     assert "not armed" in arm({}, layers=None, graphs=False).unarmed(Recipe.from_dict(ROWS), SHAPE)
