@@ -57,7 +57,7 @@ class GpuSegments:
             return
         mark_of = None
         if bool(marked.any()):
-            # One byte a key and head that looks: beside keys and values, less than a hundredth.
+            # One byte a key and head that looks: beside keys and values about a hundredth, if all heads do.
             size = (cache.shape[0], int(marked.sum()), cache.shape[2])
             self.marks = torch.zeros(size, dtype=torch.uint8, device=cache.device)
             mark_of = (marked.cumsum(0) - 1).clamp_min(0).to(cache.device, torch.int32)

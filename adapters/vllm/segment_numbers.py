@@ -113,7 +113,7 @@ def _weigh(made: Tensor, at: Tensor, edit: RowEdit, form: Form | None) -> None:
         inside = _classes(segment, edit.method) & free
         owner += logs[:, place : place + 1] * inside
         free &= ~inside
-    held = (made[at, : 4 * CLASSES] <= NEVER).any(1) & (owner <= NEVER).any(1)
+    held = (made[at, : 4 * CLASSES] <= NEVER / 2).any(1) & (owner <= NEVER / 2).any(1)
     if held.any():
         raise ValueError(
             f"two patches take all attention from parts of what head {_head(at, held)} sees: give one of them a small weight instead"
@@ -123,7 +123,6 @@ def _weigh(made: Tensor, at: Tensor, edit: RowEdit, form: Form | None) -> None:
         mine = owner[after if text else ~after]
         for table in (text,) if spared is not None else (text, text + 1):
             made[rows, table * CLASSES : (table + 1) * CLASSES] += mine
-    made[at, : 4 * CLASSES] = made[at, : 4 * CLASSES].clamp_min(NEVER)
 
 
 def _reshare(made: Tensor, at: Tensor, edit: RowEdit, form: Form | None) -> None:

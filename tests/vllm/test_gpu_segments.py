@@ -186,6 +186,13 @@ def test_numbers_of_heads_without_an_edit_are_not_live() -> None:
     assert not marks_of(numbers(plan(CASES["target"][0]), H)).any()
 
 
+def test_rows_that_see_emptied_keys_alone_keep_the_other_weights() -> None:
+    first = {"method": "zerotuning", "heads": {f"{LAYER}.0": 0.5}}
+    made = numbers(plan(first, CASES["pasta"][0]), H)[0]  # alpha is 0 there
+    assert float(made[5] - made[4]) == -1.0  # the first token beside the spans, and any other
+    assert float(made[4]) == paged_segments.NEVER
+
+
 @dataclass(frozen=True)
 class Odd(MassMethod):
     """Shares that no form has."""
