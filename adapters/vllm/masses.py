@@ -5,6 +5,8 @@
 * ``indicator``: backends that give none run a second time over values that are 1 at the first token: what comes out is its share
   itself, with windows, soft caps and sinks in it. Used on CPUs (:mod:`headpatch.adapters.vllm.cpu`) and by the Triton backend.
 
+Edits of other segments follow, by a kernel that needs neither (:mod:`headpatch.adapters.vllm.gpu_segments`).
+
 A backend is known by the function its implementation calls, not by a version; where that function is not called after all, the
 self-check at start-up finds no result and the engine refuses to serve.
 """

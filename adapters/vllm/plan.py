@@ -2,7 +2,8 @@
 
 Constant first-token weights and constant head scales become rows of tables, which kernels read; so do factors and vectors that act at
 some positions of a request. Whatever else differs from row to row of the batch stays a method: output edits run as captured tensor
-operations, edits of attention to segments on CPUs (:mod:`headpatch.adapters.vllm.segment_edits`).
+operations, edits of attention to segments on CPUs (:mod:`headpatch.adapters.vllm.segment_edits`); on GPUs those become numbers, too
+(:mod:`headpatch.adapters.vllm.segment_numbers`).
 All come from the method contract alone.
 """
 
