@@ -95,7 +95,7 @@ class World:
             num_actual_tokens=self.tokens, query_start_loc=self.starts, block_table=table,
             seq_lens=torch.tensor([*LENGTHS, 0, 0], dtype=torch.int32),
         )  # fmt: skip
-        armed = SimpleNamespace(weights=weights, scales=scales, rows=False, graphs=False)
+        armed = SimpleNamespace(weights=weights, scales=scales, rows=False, graphs=False, segments=False)
         worker = SimpleNamespace(armed=armed, tables=tables, by_rows=by_rows, scratch={})
         self.patch: Any = SimpleNamespace(
             worker=worker, impl=SimpleNamespace(), layer=SimpleNamespace(), index=1, num_heads=H, num_kv_heads=K, head_dim=D,

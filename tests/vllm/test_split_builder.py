@@ -124,7 +124,7 @@ def test_windows_and_an_edit_on_top(queries: tuple[int, ...], builder: Any, monk
         [int(m.block_table_tensor[r, 0]) for r in (1, 2)], [slot, slot]
     )  # the other rows have no recipe
     worker = SimpleNamespace(
-        armed=SimpleNamespace(weights=True, scales=True, rows=False, graphs=True),
+        armed=SimpleNamespace(weights=True, scales=True, rows=False, graphs=True, segments=False),
         tables=tables,
         by_rows=False,
         scratch={},
