@@ -3,6 +3,8 @@
 import importlib.util
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,6 +17,21 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NO_TRITON = "Triton is not installed" if not HAS_TRITON else "no CUDA device, and TRITON_INTERPRET=1 is not set"
 triton_runs = pytest.mark.skipif(not (HAS_TRITON and (CUDA or INTERPRETED)), reason=NO_TRITON)
 needs_gpu = pytest.mark.skipif(not (CUDA and HAS_TRITON), reason="no CUDA device with Triton")
+
+outside_interpreter = pytest.mark.skipif(
+    not HAS_TRITON or CUDA or INTERPRETED,
+    reason="with a CUDA device the kernels run themselves; the interpreter needs Triton, and does not start itself again",
+)
+
+
+def run_in_interpreter(words, *files):
+    """Run tests again in Triton's interpreter, which must be chosen before Triton is imported."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", words, "-p", "no:cacheprovider", *map(str, files)],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+
 
 GAMMAS = (0.0, 1e-4, 0.05, 0.5, 1.0, 3.0, 100.0)
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

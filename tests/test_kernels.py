@@ -1,14 +1,11 @@
 """The dense first-token kernel, plain torch and Triton, against a naive float64 softmax that is edited row by row."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import CUDA, HAS_TRITON, INTERPRETED, Case, Paged, backends, close
+from kernel_cases import HAS_TRITON, Case, Paged, backends, close, outside_interpreter, run_in_interpreter
 
 from headpatch.kernels import plain
 from headpatch.kernels.first_token import merge_first_token, triton_available
@@ -305,21 +302,11 @@ def test_gradients_of_plain_torch():
     assert torch.autograd.gradcheck(f, inputs)
 
 
-@pytest.mark.skipif(
-    not HAS_TRITON or CUDA or INTERPRETED, reason="needs Triton, no CUDA device, and not being inside itself"
-)
+@outside_interpreter
 @pytest.mark.slow
 def test_triton_kernel_in_the_interpreter():
-    """Run the kernel tests again in Triton's interpreter, which must be chosen before Triton is imported."""
-    files = [
-        __file__,
-        *(str(Path(__file__).with_name(f"test_kernels_{name}.py")) for name in ("columns", "paged", "segments")),
-    ]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider", *files],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    names = ("columns", "paged", "segments")
+    run_in_interpreter("triton", __file__, *(Path(__file__).with_name(f"test_kernels_{name}.py") for name in names))
 
 
 def test_which_devices_have_the_kernel():

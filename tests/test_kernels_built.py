@@ -91,7 +91,7 @@ def test_edits_over_a_paged_cache(kind, width, capability):
     tables = dict.fromkeys(["HEADS", "ROW_SLOT", "RANGES", "BOUNDS", "STARTS", "LENGTHS", "TABLE", "MARK_OF"], "*i32")
     types = {
         **TYPES, **tables, **dict.fromkeys(["EDITS", "PARTS"], "*fp32"), "ROW_PROMPT": "*i64", "MARKS": "*u8", "softcap": "fp32",
-        **dict.fromkeys(["n_rows", "n_tokens", "t_r", "e_s", "e_h", "m_b", "m_h", "l_t", "l_h", "window", "parts"], "i32"),
+        **dict.fromkeys(["n_rows", "t_r", "e_s", "e_h", "m_b", "m_h", "l_t", "l_h", "window", "parts"], "i32"),
     }  # fmt: skip
     forms, none = kind == "forms", {} if kind == "forms" else {"MARKS": None, "MARK_OF": None}
     shape = {"G": 4, "SIZE": 16, "D": width, "DP": width}

@@ -37,15 +37,15 @@ def _inside(BOUNDS, begin, count, steps, at):
 
 
 @triton.jit
-def _row_of(STARTS, tile, n_rows, BM: tl.constexpr, STEPS: tl.constexpr):
-    """The row that a tile belongs to, where row r has its tiles from ``starts[r] // BM + r`` on; 0 steps: one query a row."""
+def _row_of(STARTS, tile, n_rows, BM: tl.constexpr, GAP: tl.constexpr, STEPS: tl.constexpr):
+    """The row that a tile belongs to, where row r has its tiles from ``starts[r] // BM + GAP r`` on; 0 steps: one query a row."""
     lo = tile
     if STEPS > 0:
         lo = tile * 0
         hi = n_rows - 1
         for _ in range(STEPS):
             mid = (lo + hi + 1) // 2
-            up = tl.load(STARTS + mid) // BM + mid <= tile
+            up = tl.load(STARTS + mid) // BM + GAP * mid <= tile
             lo = tl.where((lo < hi) & up, mid, lo)
             hi = tl.where((lo < hi) & (up == 0), mid - 1, hi)
     return lo
@@ -106,20 +106,20 @@ def _joined(top, total, P):
 _PLACES = [
     "HEADS", "EDITS", "ROW_SLOT", "ROW_PROMPT", "RANGES", "BOUNDS", "STARTS", "LENGTHS", "TABLE", "MARKS", "MARK_OF", "PARTS",
 ]  # fmt: skip
-_NUMBERS = ["n_rows", "n_tokens", "t_r", "e_s", "e_h", "m_b", "m_h", "scale", "softcap", "window"]
+_NUMBERS = ["n_rows", "t_r", "e_s", "e_h", "m_b", "m_h", "scale", "softcap", "window"]
 
 
 @triton.jit(do_not_specialize=[*_PLACES, *_NUMBERS])
 def attend(
     Q, K, V, OUT, HEADS, EDITS, ROW_SLOT, ROW_PROMPT, RANGES, BOUNDS, STARTS, LENGTHS, TABLE, MARKS, MARK_OF, PARTS,
-    q_t, q_h, k_b, k_h, k_n, v_b, v_h, v_n, y_t, y_h, n_rows, n_tokens, t_r, e_s, e_h, m_b, m_h, scale, softcap, window,
+    q_t, q_h, k_b, k_h, k_n, v_b, v_h, v_n, y_t, y_h, n_rows, t_r, e_s, e_h, m_b, m_h, scale, softcap, window,
     G: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     STEPS: tl.constexpr, HAS_FORM: tl.constexpr, HAS_POST: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     place = tl.program_id(1)
-    row = _row_of(STARTS, tile, n_rows, BM, STEPS)
+    row = _row_of(STARTS, tile, n_rows, BM, 1, STEPS)
     slot = tl.load(ROW_SLOT + row).to(tl.int64)
     if slot < 0:
         return
@@ -283,16 +283,7 @@ def finish(
     """Put together what the programs of `attend` found that shared the keys of one token and head."""
     t = tl.program_id(0)
     place = tl.program_id(1)
-    row = t
-    if STEPS > 0:
-        lo = t * 0
-        hi = n_rows - 1
-        for _ in range(STEPS):
-            mid = (lo + hi + 1) // 2
-            up = tl.load(STARTS + mid) <= t
-            lo = tl.where((lo < hi) & up, mid, lo)
-            hi = tl.where((lo < hi) & (up == 0), mid - 1, hi)
-        row = lo
+    row = _row_of(STARTS, t, n_rows, 1, 0, STEPS)
     slot = tl.load(ROW_SLOT + row).to(tl.int64)
     if slot < 0:
         return
@@ -342,7 +333,7 @@ def find_sinks(
 ):  # fmt: skip
     """Mark keys of prompts that come whole in this call: BN of one row, by the attention that one head's queries give them."""
     tile = tl.program_id(0)
-    row = _row_of(STARTS, tile, n_rows, BN, STEPS)
+    row = _row_of(STARTS, tile, n_rows, BN, 1, STEPS)
     slot = tl.load(ROW_SLOT + row).to(tl.int64)
     if slot < 0:
         return

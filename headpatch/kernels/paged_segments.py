@@ -189,7 +189,7 @@ class PagedSegments:
         tables = (self.heads, self.edits, self.row_slot)
         args = (
             q, self.keys, self.values, out, *tables, self.row_prompt, self.ranges, self.bounds, starts, lengths, table, self.marks,
-            self.mark_of, self.scratch, q_t, q_h, *self._places, y_t, y_h, rows, tokens, table.stride(0), e_s, e_h, m_b, m_h,
+            self.mark_of, self.scratch, q_t, q_h, *self._places, y_t, y_h, rows, table.stride(0), e_s, e_h, m_b, m_h,
             self.scale, self.softcap, self.window,
         )  # fmt: skip
         grid = (rows if steps == 0 else tokens // bm + rows, len(self.heads), parts)

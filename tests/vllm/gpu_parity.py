@@ -63,7 +63,7 @@ def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
     os.environ.update(options.pop("_env", {}))
     sys.path.insert(0, str(HERE))
     import torch
-    from engine_cases import VOCABULARY, ask, differ, load, recipe, recipes, save_tasks, save_tiny, tiny_prompts, truth
+    from engine_cases import VOCABULARY, ask, load, recipe, recipes, save_tasks, save_tiny, tiny_prompts, truth
     from vllm import LLM
 
     single, tiny = options.pop("_single", False), options.pop("_tiny", None)
@@ -116,15 +116,20 @@ def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
             wanted = [t.cpu() for t in truth(reference, mine, None if n == "none" else given[n])]
             plain = [t.cpu() for t in truth(reference, mine, None)]
             rough = [t.cpu().float() for t in truth(rounded, mine, None if n == "none" else given[n])]
-            found[n] = {
-                "mean": mean(mine, wanted),
-                "transformers_mean": mean(like(mine, rough), wanted),
-                "untouched_mean": mean(mine, plain),
-                "worst": differ(mine, wanted).worst,
-            }
+            found[n] = figures(mine, wanted, rough, plain)
         rounds.append(found)
     bad, noise = judge(rounds)
     return outcome(llm, name, bad, noise, rounds, seconds, vocabulary=VOCABULARY if tiny else config["vocab_size"])
+
+
+def figures(answers: Any, exact: Any, rough: Any, plain: Any) -> dict[str, float]:
+    """How far answers, and those of transformers in the engine's type, are from the reference; and from the untouched one."""
+    from engine_cases import differ
+
+    return {
+        "mean": mean(answers, exact), "transformers_mean": mean(like(answers, rough), exact),
+        "untouched_mean": mean(answers, plain), "worst": differ(answers, exact).worst,
+    }  # fmt: skip
 
 
 def judge(rounds: list[dict[str, Any]], more: float = 1e-5) -> tuple[dict[str, float], float]:

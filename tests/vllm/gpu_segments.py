@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpu_parity import HERE, MEMORY, judge, like, main, mean, outcome, text_prompts
+from gpu_parity import HERE, MEMORY, figures, judge, main, outcome, text_prompts
 
 PARTS: dict[str, dict[str, Any]] = {
     "flash": {},
@@ -79,7 +79,6 @@ def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
     from engine_cases import (
         VOCABULARY,
         ask,
-        differ,
         load,
         recipe,
         save_tiny,
@@ -134,10 +133,7 @@ def run_part(name: str, model: str, out: Path) -> dict[str, Any]:
         for i, n in enumerate(names):
             mine = answers[i :: len(names)]
             exact = wanted(reference, mine, n)
-            found[n] = {
-                "mean": mean(mine, exact), "transformers_mean": mean(like(mine, wanted(rounded, mine, n)), exact),
-                "untouched_mean": mean(mine, wanted(reference, mine, "none")), "worst": differ(mine, exact).worst,
-            }  # fmt: skip
+            found[n] = figures(mine, exact, wanted(rounded, mine, n), wanted(reference, mine, "none"))
         rounds.append(found)
     bad, noise = judge(rounds)
     return outcome(llm, name, bad, noise, rounds, seconds, vocabulary=VOCABULARY if tiny else config["vocab_size"])
@@ -150,7 +146,7 @@ def run_images(name: str, out: Path) -> dict[str, Any]:
 
     import model as small
     import torch
-    from engine_cases import answer_of, differ, recipe
+    from engine_cases import answer_of, recipe
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from vllm import LLM
@@ -217,11 +213,7 @@ def run_images(name: str, out: Path) -> dict[str, Any]:
         answers = [answer_of(output) for output in llm.generate(prompts, params, use_tqdm=False)]
         for i, n in enumerate(("none", *given)):
             mine = answers[i * len(texts) : (i + 1) * len(texts)]
-            wanted = tables(exact, mine, n)
-            found[n] = {
-                "mean": mean(mine, wanted), "transformers_mean": mean(like(mine, tables(rough, mine, n)), wanted),
-                "untouched_mean": mean(mine, tables(exact, mine, "none")), "worst": differ(mine, wanted).worst,
-            }  # fmt: skip
+            found[n] = figures(mine, tables(exact, mine, n), tables(rough, mine, n), tables(exact, mine, "none"))
         rounds.append(found)
     bad, noise = judge(rounds, 1e-4)
     return outcome(llm, name, bad, noise, rounds, seconds)

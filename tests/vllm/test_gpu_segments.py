@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from kernel_cases import CUDA, HAS_TRITON, INTERPRETED, triton_runs
+from kernel_cases import CUDA, outside_interpreter, run_in_interpreter, triton_runs
 from segment_cases import (
     CALM,
     CASES,
@@ -37,9 +34,10 @@ from segment_cases import (
 from torch import Tensor
 
 from headpatch.adapters.vllm.flag import check_fits
+from headpatch.adapters.vllm.frontend import Entry, FrontEnd
 from headpatch.adapters.vllm.gpu_segments import GpuSegments
 from headpatch.adapters.vllm.plan import LayerEdits, RowEdit, compile_recipe
-from headpatch.adapters.vllm.row_ranges import RowRanges, ranges_needed
+from headpatch.adapters.vllm.row_ranges import MOST, RowRanges, ranges_needed
 from headpatch.adapters.vllm.running import Running
 from headpatch.adapters.vllm.segment_numbers import check_layers, marks_of, numbers
 from headpatch.errors import UnsupportedModelError
@@ -106,22 +104,15 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GpuSegments, "_warm", lambda self, row_slot: None)
 
 
-@pytest.mark.skipif(
-    not HAS_TRITON or CUDA or INTERPRETED, reason="needs Triton, no CUDA device, and not being inside itself"
-)
-@pytest.mark.parametrize("which", ["pasta or plain", pytest.param("triton", marks=pytest.mark.slow)])
-def test_in_the_interpreter(which: str) -> None:
-    """Run tests again in Triton's interpreter, which must be chosen before Triton is imported."""
-    files = (
-        [__file__]
-        if which != "triton"
-        else [__file__, str(Path(__file__).parents[1] / "test_kernels_paged_segments.py")]
-    )
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", f"triton and ({which})", "-p", "no:cacheprovider", *files],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+@outside_interpreter
+def test_in_the_interpreter() -> None:
+    run_in_interpreter("triton and (pasta or plain)", __file__)
+
+
+@outside_interpreter
+@pytest.mark.slow
+def test_all_in_the_interpreter() -> None:
+    run_in_interpreter("triton", __file__, Path(__file__).parents[1] / "test_kernels_paged_segments.py")
 
 
 @triton_runs
@@ -249,6 +240,17 @@ def test_ranges_are_ascending_and_apart() -> None:
     assert ranges.bounds[:10].tolist() == [2, 6, 8, 9, 3, 7, 9, 12, 1, 2]
     assert ranges.rows[:2, :6].tolist() == [[0, 4, 3, 4, 4, 3], [8, 0, 0, 8, 2, 2]]
     assert ranges_needed(SPANS, ((1, 2), (2, 5))) == 3
+
+
+def test_more_ranges_than_the_tables_hold_are_a_bad_request() -> None:
+    front = object.__new__(FrontEnd)
+    front.tokenizer = None
+    entry = Entry(Recipe.from_dict({"headpatch": 1, "patches": [CASES["pasta"][0]]}), None)
+    ids = list(range(3 * MOST))
+    spans = [[2 * i, 2 * i + 1] for i in range(MOST + 1)]
+    assert len(front.wire(entry, {"spans": spans[1:]}, ids, None, None)["spans"]) == MOST
+    with pytest.raises(ValueError, match=f"may be {MOST} separate ranges of tokens, these are {MOST + 1}"):
+        front.wire(entry, {"spans": spans}, ids, None, None)
 
 
 def test_learned_sinks_are_refused() -> None:
