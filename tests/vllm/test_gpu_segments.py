@@ -105,13 +105,8 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @outside_interpreter
-def test_in_the_interpreter() -> None:
-    run_in_interpreter("triton and (pasta or plain)", __file__)
-
-
-@outside_interpreter
 @pytest.mark.slow
-def test_all_in_the_interpreter() -> None:
+def test_in_the_interpreter() -> None:
     run_in_interpreter("triton", __file__, Path(__file__).parents[1] / "test_kernels_paged_segments.py")
 
 
